@@ -1,0 +1,36 @@
+"""Job: a point-in-time correct training set, saved as a Delta table (``spark-fs dataset create``)."""
+
+from __future__ import annotations
+
+import sys
+
+from spark_fs import FeatureStore, console
+from spark_fs.errors import ExitCode
+from spark_fs.submit import job_arguments
+
+
+def main(arguments: list[str]) -> int:
+    """Run the job; the exit code of the command."""
+    names, flags = ("name", "entities", "description"), ("full-feature-names", "known-at", "explain")
+    options = job_arguments(__doc__, arguments, names=names, many=("feature", "service"), flags=flags)
+
+    def act() -> ExitCode:
+        store = FeatureStore(options.repo, options.env)
+        with console.progress(store.spark):
+            job = store.get_historical_features(
+                options.entities, options.service[0] if options.service else options.feature,
+                full_feature_names=options.full_feature_names, known_at=options.known_at,
+            )  # fmt: skip
+            console.say(job.explain())
+            if options.explain:
+                return ExitCode.OK
+            dataset = job.save(options.name, description=options.description or "")
+            examples = [row.asDict() for row in dataset.to_spark_df().limit(3).collect()]
+        console.show_manifest(dataset.manifest, options.output, examples)
+        return ExitCode.OK
+
+    return console.run(act, debug=options.debug)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,32 @@
+"""Job: feature tables → online store (``spark-fs materialize`` and ``materialize-incremental``)."""
+
+from __future__ import annotations
+
+import sys
+
+from spark_fs import FeatureStore, console
+from spark_fs.errors import ExitCode
+from spark_fs.submit import job_arguments
+
+
+def main(arguments: list[str]) -> int:
+    """Run the job: with a start the interval, without one what is new; the exit code of the command."""
+    options = job_arguments(__doc__, arguments, many=("view",), instants=("start", "end"))
+
+    def act() -> ExitCode:
+        store = FeatureStore(options.repo, options.env)
+        with console.progress(store.spark):
+            if options.start:
+                results, error = console.results_of(lambda: store.materialize(options.start, options.end, options.view))
+            else:
+                results, error = console.results_of(lambda: store.materialize_incremental(options.end, options.view))
+        console.show([result.to_json() for result in results], options.output, title="Materialized")
+        if error:
+            raise error
+        return ExitCode.OK
+
+    return console.run(act, debug=options.debug)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,580 @@
+"""The command line: parse, one call, print, exit code. Never imports pyspark: Spark commands are submitted.
+
+Imports stand inside the commands, so that ``--help`` answers at once.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import click
+
+from spark_fs import console
+from spark_fs.errors import ExitCode, InvalidError, Problem
+
+if TYPE_CHECKING:
+    from spark_fs.online.read import OnlineResponse
+    from spark_fs.store import FeatureStore
+    from spark_fs.types import ValueType
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+@click.option("--repo", default=".", show_default=True, help="The project folder (with conf/ and feature_repo/).")
+@click.option("--env", default=None, help="The environment: conf/<env>.yml. Default: $SPARK_FS_ENV, else local.")
+@click.option("--debug", is_flag=True, help="Print whole traces of errors.")
+@click.version_option(package_name="spark-fs")
+@click.pass_context
+def main(context: click.Context, repo: str, env: str | None, debug: bool) -> None:
+    r"""A feature store for Spark, Delta Lake and Redis.
+
+    \b
+    A first tour:
+      spark-fs init my_features && cd my_features
+      spark-fs plan
+      spark-fs apply --yes
+      spark-fs build
+      spark-fs materialize-incremental
+
+    Results go to stdout, progress and messages to stderr. Exit codes: 0 ok, 1 failed, 2 invalid, 3 changes present,
+    4 quality gate, 5 drift, 6 conflict, 7 partly done, 130 interrupted.
+    """
+    context.obj = {"repo": repo, "env": env, "debug": debug}
+
+
+def _store(context: click.Context) -> FeatureStore:
+    from spark_fs.store import FeatureStore
+
+    return FeatureStore(context.obj["repo"], context.obj["env"])
+
+
+def _exit(context: click.Context, act: Callable[[], ExitCode | None]) -> None:
+    sys.exit(console.run(act, debug=context.obj["debug"]))
+
+
+def _output(command: F) -> F:
+    return click.option(
+        "--output",
+        type=click.Choice(["table", "json"]),
+        default="table",
+        show_default=True,
+        help="How results are printed.",
+    )(command)
+
+
+def _submitted(command: F) -> F:
+    """The options of every command that runs as a Spark job."""
+    command = click.option("--print", "print_only", is_flag=True, help="Print the spark-submit command, do not run it.")(
+        command
+    )
+    return _output(command)
+
+
+def _submit(context: click.Context, job: str, arguments: Iterable[str], output: str, *, print_only: bool) -> None:
+    """Run one of our jobs by spark-submit, or print the command."""
+
+    def act() -> ExitCode | None:
+        from spark_fs.config import load_environment
+        from spark_fs.submit import job_file, submit_command
+
+        environment = load_environment(context.obj["repo"], context.obj["env"])
+        common = ["--repo", str(environment.root), "--env", environment.name, "--output", output]
+        common += ["--debug"] if context.obj["debug"] else []
+        command = submit_command(environment, job_file(job), [*common, *arguments])
+        if print_only:
+            click.echo(str(command))
+            return ExitCode.OK
+        sys.exit(command.run())
+
+    _exit(context, act)
+
+
+def _repeated(option: str, values: Iterable[str]) -> list[str]:
+    return [text for value in values for text in (f"--{option}", value)]
+
+
+@main.command()
+@click.argument("folder", default=".", type=click.Path(path_type=Path))
+@click.pass_context
+def init(context: click.Context, folder: Path) -> None:
+    r"""Create a new project in FOLDER: conf/ and feature_repo/ with a first entity, source and view.
+
+    \b
+    Example:  spark-fs init my_features
+    """
+
+    def act() -> None:
+        from spark_fs.template import create
+
+        for file in create(folder):
+            click.echo(file)
+
+    _exit(context, act)
+
+
+@main.command()
+@_output
+@click.pass_context
+def validate(context: click.Context, output: str) -> None:
+    r"""Check all definitions and settings; every problem is listed, with file and line.
+
+    \b
+    Example:  spark-fs validate
+    """
+
+    def act() -> ExitCode:
+        try:
+            repository = _store(context).load_repository()
+        except InvalidError as error:
+            if output == "table":
+                raise
+            console.show([_problem_row(problem) for problem in error.problems], output)
+            return error.exit_code
+        counts = {kind: len(getattr(repository, kind)) for kind in ("entities", "sources", "views", "services")}
+        console.show([counts], output, title="Valid")
+        return ExitCode.OK
+
+    _exit(context, act)
+
+
+def _problem_row(problem: Problem) -> dict[str, str]:
+    return {name: getattr(problem, name) for name in ("code", "what", "why", "where", "fix")}
+
+
+@main.command()
+@click.option("--output", type=click.Choice(["text", "json", "markdown"]), default="text", show_default=True)
+@click.option("--out", type=click.Path(dir_okay=False, path_type=Path), help="Also write the plan to a file for apply.")
+@click.option("--detailed-exitcode", is_flag=True, help="Exit with 3 when there are changes.")
+@click.pass_context
+def plan(context: click.Context, output: str, out: Path | None, detailed_exitcode: bool) -> None:
+    r"""Show what apply would change, and why; changes nothing.
+
+    \b
+    Examples:
+      spark-fs plan
+      spark-fs plan --output markdown          for a review comment
+      spark-fs plan --out plan.json && spark-fs apply plan.json
+    """
+
+    def act() -> ExitCode:
+        made = _store(context).plan()
+        document = json.dumps(made.to_json(), indent=2, ensure_ascii=False)
+        if out:
+            out.write_text(document + "\n", encoding="utf-8")
+        click.echo({"text": str(made), "json": document, "markdown": made.to_markdown()}[output])
+        return ExitCode.CHANGES_PRESENT if made and detailed_exitcode else ExitCode.OK
+
+    _exit(context, act)
+
+
+@main.command()
+@click.argument("plan_file", required=False, type=click.Path(exists=True, dir_okay=False, path_type=Path))
+@click.option("--yes", is_flag=True, help="Do not ask; needed where nobody can answer.")
+@click.pass_context
+def apply(context: click.Context, plan_file: Path | None, yes: bool) -> None:
+    r"""Bring the registry to what feature_repo/ declares, or carry out exactly a PLAN_FILE.
+
+    \b
+    Examples:
+      spark-fs apply
+      spark-fs apply --yes
+      spark-fs apply plan.json
+    """
+
+    def act() -> None:
+        from spark_fs.plan import Plan
+
+        store = _store(context)
+        made = Plan.from_json(_read_json(plan_file)) if plan_file else store.plan()
+        click.echo(str(made))
+        if not made:
+            return
+        if not (yes or plan_file):
+            if not sys.stdin.isatty():
+                raise InvalidError.of("SFS-311", "Nobody is here to confirm.", fix="use --yes, or apply a plan file")
+            click.confirm("Apply?", abort=True, err=True)
+        store.apply(made)
+        click.echo(f"Applied: {made.summary}.")
+
+    _exit(context, act)
+
+
+def _read_json(file: Path) -> Any:
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise InvalidError.of("SFS-308", "This is not a plan.", why=f"{error}.", where=str(file)) from error
+
+
+@main.command()
+@click.option("--view", multiple=True, help="Only this feature view (name or name@version); may be repeated.")
+@click.option("--start", help="Rebuild from here (inclusive, ISO 8601, UTC) instead of what is missing.")
+@click.option("--end", help="Up to here (exclusive). Default: now.")
+@click.option("--missing", is_flag=True, help="Only list the intervals that are not built yet; starts no Spark.")
+@_submitted
+@click.pass_context
+def build(
+    context: click.Context, view: tuple[str, ...], start: str | None, end: str | None, missing: bool, output: str,
+    print_only: bool,
+) -> None:  # fmt: skip
+    r"""Bring feature tables up to date from their sources; with --start rebuild that interval.
+
+    \b
+    Examples:
+      spark-fs build
+      spark-fs build --missing
+      spark-fs build --view weather --start 2013-07-01 --end 2013-08-01
+    """
+    if missing:
+        _exit(context, lambda: _show_missing(_store(context), view, end, output))
+    arguments = _repeated("view", view) + _repeated("start", filter(None, [start])) + _repeated("end", filter(None, [end]))
+    _submit(context, "build", arguments, output, print_only=print_only)
+
+
+def _show_missing(store: FeatureStore, views: tuple[str, ...], end: str | None, output: str) -> None:
+    from spark_fs.intervals import text
+
+    gaps = store.missing(views or None, _instant(end) if end else None)
+    rows = [{"view": view, "start": text(gap.start), "end": text(gap.end)} for view, found in gaps.items() for gap in found]
+    console.show(rows, output, title="Not built yet")
+
+
+def _instant(value: str) -> Any:
+    from spark_fs.intervals import parse_instant
+
+    try:
+        return parse_instant(value)
+    except ValueError as error:
+        raise InvalidError.of("SFS-207", f"{error}.") from error
+
+
+@main.group()
+def dataset() -> None:
+    """Training datasets: create, list, show, verify."""
+
+
+@dataset.command("create")
+@click.argument("name")
+@click.option("--entities", required=True, help="The entity DataFrame: SQL text, a path (Delta, Parquet, CSV) or a table.")
+@click.option("--features", "features", multiple=True, required=True, help="view:feature (repeat it), or one service.")
+@click.option("--full-feature-names", is_flag=True, help="Name columns view__feature.")
+@click.option("--known-at", is_flag=True, help="A value counts only from its created time on.")
+@click.option("--explain", is_flag=True, help="Only print how the join would run.")
+@click.option("--description", default="", help="What the dataset is for.")
+@_submitted
+@click.pass_context
+def dataset_create(
+    context: click.Context, name: str, entities: str, features: tuple[str, ...], full_feature_names: bool, known_at: bool,
+    explain: bool, description: str, output: str, print_only: bool,
+) -> None:  # fmt: skip
+    r"""Join features to entities as of each row's event_timestamp, and save the next version of dataset NAME.
+
+    \b
+    Examples:
+      spark-fs dataset create delays --entities spine.parquet --features departure_delay_v1
+      spark-fs dataset create delays --entities "SELECT …" --features weather:wind_mph --features plane_facts:seats
+    """
+    kind = "service" if len(features) == 1 and ":" not in features[0] else "feature"
+    arguments = ["--name", name, "--entities", entities, "--description", description, *_repeated(kind, features)]
+    flags = {"full-feature-names": full_feature_names, "known-at": known_at, "explain": explain}
+    arguments += [f"--{flag}" for flag, given in flags.items() if given]
+    _submit(context, "dataset_create", arguments, output, print_only=print_only)
+
+
+@dataset.command("list")
+@_output
+@click.pass_context
+def dataset_list(context: click.Context, output: str) -> None:
+    """List saved datasets and their versions."""
+
+    def act() -> None:
+        names = ("name", "version", "rows", "created_at", "checksum", "path", "delta_version")
+        saved = _store(context).registry.datasets()
+        console.show([{name: manifest[name] for name in names} for manifest in saved], output, empty="No datasets yet.")
+
+    _exit(context, act)
+
+
+@dataset.command("show")
+@click.argument("name")
+@click.option("--version", type=int, help="Default: the newest.")
+@_output
+@click.pass_context
+def dataset_show(context: click.Context, name: str, version: int | None, output: str) -> None:
+    r"""Show a dataset's manifest: rows, columns, nulls, where its features came from.
+
+    \b
+    Example:  spark-fs dataset show delays --version 3
+    """
+    _exit(context, lambda: console.show_manifest(_store(context).registry.require_dataset(name, version), output))
+
+
+@dataset.command("verify")
+@click.argument("name")
+@click.option("--version", type=int, help="Default: the newest.")
+@_submitted
+@click.pass_context
+def dataset_verify(context: click.Context, name: str, version: int | None, output: str, print_only: bool) -> None:
+    """Check that a dataset's stored rows are still those its manifest signs; exit code 4 if not."""
+    arguments = ["--name", name, *_repeated("version", [str(version)] if version else [])]
+    _submit(context, "dataset_verify", arguments, output, print_only=print_only)
+
+
+@main.command()
+@click.argument("start")
+@click.argument("end")
+@click.option("--view", multiple=True, help="Only this feature view; may be repeated.")
+@_submitted
+@click.pass_context
+def materialize(context: click.Context, start: str, end: str, view: tuple[str, ...], output: str, print_only: bool) -> None:
+    r"""Publish the newest values with event times in [START, END) to the online store; builds what is missing first.
+
+    \b
+    Example:  spark-fs materialize 2013-01-01 2014-01-01
+    """
+    arguments = ["--start", start, "--end", end, *_repeated("view", view)]
+    _submit(context, "materialize", arguments, output, print_only=print_only)
+
+
+@main.command("materialize-incremental")
+@click.argument("end", required=False)
+@click.option("--view", multiple=True, help="Only this feature view; may be repeated.")
+@_submitted
+@click.pass_context
+def materialize_incremental(
+    context: click.Context, end: str | None, view: tuple[str, ...], output: str, print_only: bool
+) -> None:
+    r"""Publish what is new since the last run, late rows and corrections included, up to END (default: now).
+
+    \b
+    Example:  spark-fs materialize-incremental
+    """
+    arguments = _repeated("end", [end] if end else []) + _repeated("view", view)
+    _submit(context, "materialize", arguments, output, print_only=print_only)
+
+
+@main.command("get-online-features")
+@click.option("--features", "features", multiple=True, required=True, help="view:feature (repeat it), or one service.")
+@click.option("--entity", "entities", multiple=True, required=True, help="One entity: key=value[,key=value]; repeat it.")
+@click.option("--full-feature-names", is_flag=True, help="Name columns view__feature.")
+@_output
+@click.pass_context
+def get_online_features(
+    context: click.Context, features: tuple[str, ...], entities: tuple[str, ...], full_feature_names: bool, output: str
+) -> None:
+    r"""Read the newest published values; starts no Spark.
+
+    \b
+    Example:  spark-fs get-online-features --features weather:wind_mph --entity origin=JFK --entity origin=EWR
+    """
+
+    def act() -> None:
+        store = _store(context)
+        wanted = features[0] if len(features) == 1 and ":" not in features[0] else list(features)
+        rows = _entity_rows(store, wanted, entities)
+        response = store.get_online_features(wanted, rows, full_feature_names=full_feature_names)
+        if output == "json":
+            click.echo(json.dumps(response.to_json(), indent=2, ensure_ascii=False, default=str))
+        else:
+            console.show(_online_rows(response), output)
+
+    _exit(context, act)
+
+
+def _online_rows(response: OnlineResponse) -> list[dict[str, Any]]:
+    """One row per entity: its values, and where there is none the status that says why."""
+    columns, statuses = response.to_dict(), response.statuses
+    for name, states in statuses.items():
+        columns[name] = [value if state == "PRESENT" else state for value, state in zip(columns[name], states, strict=True)]
+    return [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
+
+
+def _entity_rows(store: FeatureStore, features: Any, entities: tuple[str, ...]) -> list[dict[str, Any]]:
+    """Entity rows from ``key=value,key=value`` texts, each value in its join key's type."""
+    types = {
+        spine_key: key.type
+        for selection in store.resolve_features(features)
+        for spine_key, key in zip(selection.spine_keys, selection.view.keys, strict=True)
+    }
+    rows = []
+    for entity in entities:
+        pairs = dict(part.partition("=")[::2] for part in entity.split(","))
+        rows.append({name: _key_value(name, value, types[name]) for name, value in pairs.items() if name in types})
+    return rows
+
+
+def _key_value(name: str, value: str, type_: ValueType) -> Any:
+    try:
+        return type_.from_text(value)
+    except ValueError as error:
+        raise InvalidError.of("SFS-607", f"'{name}={value}' is no {type_}.", why=f"{error}.") from error
+
+
+@main.command()
+@click.option("--limit", default=20, show_default=True, help="How many.")
+@_output
+@click.pass_context
+def runs(context: click.Context, limit: int, output: str) -> None:
+    """List the latest builds and materializations and how they ended."""
+
+    def act() -> None:
+        names = ("run_id", "kind", "subject", "state", "started_at", "finished_at")
+        found = _store(context).registry.runs(limit)
+        if output == "table":
+            found = [{name: run[name] for name in names} for run in found]
+        console.show(found, output, empty="No runs yet.")
+
+    _exit(context, act)
+
+
+@main.group()
+def online() -> None:
+    """The embedded online store: start, stop, status."""
+
+
+@online.command("start")
+@_output
+@click.pass_context
+def online_start(context: click.Context, output: str) -> None:
+    """Start the embedded server if it does not run."""
+    _exit(context, lambda: _show_online(context, "start", output))
+
+
+@online.command("stop")
+@_output
+@click.pass_context
+def online_stop(context: click.Context, output: str) -> None:
+    """Stop the embedded server; its data is kept for the next start."""
+    _exit(context, lambda: _show_online(context, "stop", output))
+
+
+@online.command("status")
+@_output
+@click.pass_context
+def online_status(context: click.Context, output: str) -> None:
+    """Show whether the online store answers, and where."""
+    _exit(context, lambda: _show_online(context, "status", output))
+
+
+def _show_online(context: click.Context, verb: str, output: str) -> None:
+    from spark_fs.errors import without_secrets
+    from spark_fs.online import server
+    from spark_fs.online.redis_store import check_server
+
+    environment = _store(context).environment
+    configured = environment.config.online
+    if configured.url != "embedded":
+        if verb != "status":
+            raise InvalidError.of(
+                "SFS-606",
+                "The online store of this environment is not the embedded one.",
+                why=f"online.url is {without_secrets(configured.url)}.",
+            )
+        report = check_server(configured.url, socket_timeout_seconds=configured.timeout_seconds)
+        console.show([{"url": without_secrets(configured.url), "running": True, "version": report.version}], output)
+        return
+    if verb == "start":
+        state = server.start(environment.state_dir, port=configured.port)
+    elif verb == "stop":
+        server.stop(environment.state_dir)
+        state = None
+    else:
+        state = server.status(environment.state_dir)
+    shown = {"url": without_secrets(state.url), "running": True, "pid": str(state.pid)} if state else {"running": False}
+    console.show([shown], output)
+
+
+@main.command()
+@_output
+@click.pass_context
+def doctor(context: click.Context, output: str) -> None:
+    """Check Java, Spark, Delta, the online store, folders and clock, and say how to mend what is wrong."""
+
+    def act() -> ExitCode:
+        from spark_fs.doctor import run
+        from spark_fs.online import server
+
+        store = _store(context)
+        place = store.environment
+        url: str | None = place.config.online.url
+        if url == "embedded":
+            running = server.status(place.state_dir)
+            url = running.url if running else None
+        checks = run(
+            state_dir=place.state_dir, offline_root=place.offline_root, registry_url=place.registry_url, online_url=url
+        )
+        console.show([{"check": c.name, "ok": c.ok, "found": c.found, "fix": c.fix} for c in checks], output)
+        return ExitCode.FAILED if any(check.ok is False for check in checks) else ExitCode.OK
+
+    _exit(context, act)
+
+
+@main.group()
+def jars() -> None:
+    """The Delta Lake jars of the project."""
+
+
+@jars.command("fetch")
+@click.pass_context
+def jars_fetch(context: click.Context) -> None:
+    """Fetch the jars that are missing, once; later starts of Spark need no network."""
+
+    def act() -> None:
+        from spark_fs.jars import fetch
+
+        fetch(_store(context).environment.state_dir / "jars")
+
+    _exit(context, act)
+
+
+@main.command(context_settings={"ignore_unknown_options": True})
+@click.argument("file", type=click.Path(exists=True, dir_okay=False))
+@click.argument("arguments", nargs=-1, type=click.UNPROCESSED)
+@click.option("--print", "print_only", is_flag=True, help="Print the spark-submit command, do not run it.")
+@click.pass_context
+def submit(context: click.Context, file: str, arguments: tuple[str, ...], print_only: bool) -> None:
+    r"""Run a PySpark FILE of your own with this environment's Spark settings.
+
+    \b
+    Example:  spark-fs --env prod submit my_job.py --day 2013-07-01
+    """
+
+    def act() -> ExitCode | None:
+        from spark_fs.config import load_environment
+        from spark_fs.submit import submit_command
+
+        command = submit_command(load_environment(context.obj["repo"], context.obj["env"]), file, arguments)
+        if print_only:
+            click.echo(str(command))
+            return ExitCode.OK
+        sys.exit(command.run())
+
+    _exit(context, act)
+
+
+@main.command()
+@click.argument("view")
+@click.option("--yes", is_flag=True, help="Do not ask.")
+@_output
+@click.pass_context
+def destroy(context: click.Context, view: str, yes: bool, output: str) -> None:
+    r"""Delete the feature table and the online values of a VIEW (or view@version) that nothing uses any more.
+
+    \b
+    Example:  spark-fs destroy weather@1
+    """
+
+    def act() -> None:
+        name, _, version = view.partition("@")
+        if not yes:
+            if not sys.stdin.isatty():
+                raise InvalidError.of("SFS-311", "Nobody is here to confirm.", fix="use --yes")
+            click.confirm(f"Delete the table and online values of {view} for good?", abort=True, err=True)
+        console.show([_store(context).destroy(name, int(version) if version else None)], output)
+
+    _exit(context, act)

@@ -1,0 +1,153 @@
+"""What people and schedulers see of a command: tables or JSON on stdout, progress and errors on stderr, an exit code."""
+
+from __future__ import annotations
+
+import json
+import sys
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+from spark_fs.errors import ExitCode, PartlyDoneError, SparkFSError, translate
+
+if TYPE_CHECKING:
+    from pyspark.sql import SparkSession
+
+_POLL_SECONDS = 0.5
+
+
+def show(rows: Sequence[Mapping[str, Any]], output: str, *, title: str = "", empty: str = "Nothing to show.") -> None:
+    """Print rows on stdout: as one JSON document, or as a table with the first row's keys as columns."""
+    if output == "json":
+        print(json.dumps(list(rows), indent=2, ensure_ascii=False, default=str))  # noqa: T201  # results go to stdout
+        return
+    if not rows:
+        say(empty)
+        return
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title=title or None, title_justify="left", header_style="bold", box=None, pad_edge=False)
+    for column in rows[0]:
+        numeric = all(isinstance(row[column], int | float) for row in rows if row[column] is not None)
+        table.add_column(column.replace("_", " "), justify="right" if numeric else "left", overflow="fold")
+    for row in rows:
+        table.add_row(*(_cell(value) for value in row.values()))
+    # Piped into a file there is no width to keep to.
+    Console(width=None if sys.stdout.isatty() else 200).print(table)
+
+
+def _cell(value: Any) -> str:
+    if value is None:
+        return "–"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, int):
+        return f"{value:,}"
+    if isinstance(value, list):
+        return " → ".join(str(item) for item in value)
+    return str(value)
+
+
+def show_manifest(manifest: Mapping[str, Any], output: str, examples: Sequence[Mapping[str, Any]] = ()) -> None:
+    """Print a dataset's manifest as JSON, or as a summary and its columns, beside the values of a few example rows."""
+    if output == "json":
+        print(json.dumps(manifest, indent=2, ensure_ascii=False))  # noqa: T201  # results go to stdout
+        return
+    summary = {name: manifest[name] for name in ("name", "version", "rows", "checksum", "path", "delta_version")}
+    show([{"dataset": name, "value": str(value)} for name, value in summary.items()], output)
+    rows = max(manifest["rows"], 1)
+    columns = [
+        {
+            "column": column["name"],
+            "type": column["type"],
+            "nulls": f"{column['nulls'] / rows:.1%}",
+            **{f"row {n}": str(row[column["name"]]) for n, row in enumerate(examples, 1)},
+        }
+        for column in manifest["columns"]
+    ]
+    show(columns, output)
+
+
+def say(text: str) -> None:
+    """One line for the person, on stderr."""
+    print(text, file=sys.stderr)  # noqa: T201  # the one place that talks
+
+
+def run(act: Callable[[], ExitCode | None], *, debug: bool = False) -> int:
+    """Do something for a command and return its exit code; errors are printed on stderr, with traces only for ``debug``."""
+    try:
+        return int(act() or ExitCode.OK)
+    except KeyboardInterrupt:
+        say("Interrupted; what was finished is kept, and the same command resumes.")
+        return ExitCode.INTERRUPTED
+    except Exception as error:  # noqa: BLE001  # the last stop: whatever it is becomes a message and a code
+        ours = translate(error)
+        if ours is None or debug:
+            import traceback
+
+            traceback.print_exception(error)
+        if ours is None:
+            ours = SparkFSError.of("SFS-700", "Something failed that should not.", why=f"{type(error).__name__}.")
+        say(str(ours))
+        return int(ours.exit_code)
+
+
+def results_of(act: Callable[[], Sequence[Any]]) -> tuple[list[Any], SparkFSError | None]:
+    """The results of an act over several views, and the error if only some of them finished."""
+    try:
+        return list(act()), None
+    except PartlyDoneError as error:
+        return list(error.results), error
+
+
+@contextmanager
+def progress(spark: SparkSession) -> Iterator[None]:
+    """Show Spark's stages on stderr while the block runs: a moving bar on a terminal, one line per stage otherwise."""
+    done = threading.Event()
+    watch = _watch_terminal if sys.stderr.isatty() else _watch_lines
+    thread = threading.Thread(target=watch, args=(spark, done), daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        thread.join(timeout=5)
+
+
+def _stages(spark: SparkSession) -> Iterator[tuple[int, str, int, int]]:
+    """The running stages: id, name, tasks, finished tasks."""
+    tracker = spark.sparkContext.statusTracker()
+    for stage_id in tracker.getActiveStageIds():
+        info = tracker.getStageInfo(stage_id)
+        if info is not None:
+            # Delta's own stages carry the names of Scala's closures.
+            name = "Delta log" if info.name.startswith("$anonfun") else info.name.split(" at ")[0]
+            yield stage_id, name, info.numTasks, info.numCompletedTasks
+
+
+def _watch_lines(spark: SparkSession, done: threading.Event) -> None:
+    seen: set[int] = set()
+    while not done.wait(_POLL_SECONDS):
+        for stage_id, name, tasks, _ in _stages(spark):
+            if stage_id not in seen:
+                seen.add(stage_id)
+                say(f"stage {stage_id}: {name}, {tasks} tasks")
+
+
+def _watch_terminal(spark: SparkSession, done: threading.Event) -> None:
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bars:
+        shown: dict[int, Any] = {}
+        while not done.wait(_POLL_SECONDS):
+            running = {stage_id: (name, tasks, finished) for stage_id, name, tasks, finished in _stages(spark)}
+            for stage_id in [known for known in shown if known not in running]:
+                bars.remove_task(shown.pop(stage_id))
+            for stage_id, (name, tasks, finished) in running.items():
+                if stage_id not in shown:
+                    shown[stage_id] = bars.add_task(f"stage {stage_id}: {name}", total=tasks)
+                bars.update(shown[stage_id], completed=finished)

@@ -1,0 +1,212 @@
+"""Every error a user can meet: a code, what happened, why, where, and how to fix it.
+
+Code ranges: 1xx definitions · 2xx configuration and set-up · 3xx registry, plan, apply · 4xx sources and build ·
+5xx training sets · 6xx online store · 7xx jobs and submission.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from enum import IntEnum
+
+
+class ExitCode(IntEnum):
+    """What the command line returns; the same numbers in every command."""
+
+    OK = 0
+    FAILED = 1
+    INVALID = 2
+    CHANGES_PRESENT = 3
+    QUALITY_GATE = 4
+    DRIFT = 5
+    CONFLICT = 6
+    PARTLY_DONE = 7
+    INTERRUPTED = 130
+
+
+@dataclass(frozen=True, slots=True)
+class Problem:
+    """One thing that is wrong, complete enough to be mended without reading code."""
+
+    code: str
+    what: str
+    why: str = ""
+    where: str = ""
+    fix: str = ""
+
+    def __str__(self) -> str:
+        where = f" ({self.where})" if self.where else ""
+        why = f" {self.why}" if self.why else ""
+        fix = f" Fix: {self.fix}" if self.fix else ""
+        return f"[{self.code}] {self.what}{why}{where}{fix}"
+
+
+class SparkFSError(Exception):
+    """Base of all errors raised by spark_fs; carries one or more problems. Survives pickling between processes."""
+
+    exit_code: ExitCode = ExitCode.FAILED
+    retryable: bool = False
+
+    def __init__(self, *problems: Problem) -> None:
+        super().__init__(*problems)
+        self.problems = problems
+
+    @classmethod
+    def of(cls, code: str, what: str, *, why: str = "", where: str = "", fix: str = "") -> SparkFSError:
+        """The error with the single problem described."""
+        return cls(Problem(code, what, why, where, fix))
+
+    @property
+    def code(self) -> str:
+        """The code of the first problem."""
+        return self.problems[0].code
+
+    def __str__(self) -> str:
+        if len(self.problems) == 1:
+            return str(self.problems[0])
+        return "\n".join([f"{len(self.problems)} problems:", *(f"  {problem}" for problem in self.problems)])
+
+
+class InvalidError(SparkFSError):
+    """The user's definitions, configuration or arguments are wrong; nothing was written."""
+
+    exit_code = ExitCode.INVALID
+
+
+class ConflictError(SparkFSError):
+    """Somebody else was first: a plan went stale or a lock is held; nothing was written."""
+
+    exit_code = ExitCode.CONFLICT
+    retryable = True
+
+
+class UnavailableError(SparkFSError):
+    """A service (Redis, the registry's database) did not answer; trying again may help."""
+
+    retryable = True
+
+
+class PartlyDoneError(SparkFSError):
+    """Some views finished (their results are in ``results``) and some did not; running the same command again resumes."""
+
+    exit_code = ExitCode.PARTLY_DONE
+    retryable = True
+
+    def __init__(self, *problems: Problem, results: Sequence[object] = ()) -> None:
+        super().__init__(*problems)
+        self.results = tuple(results)
+
+
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    """A hint naming the known words: the closest first when one is close, else all of them (at most ten)."""
+    names = sorted(set(known))
+    close = difflib.get_close_matches(word, names, n=1, cutoff=0.6)
+    if not close:
+        folded = {name.lower(): name for name in names}
+        close = [folded[word.lower()]] if word.lower() in folded else []
+    listed = ", ".join(names[:10]) + (f" and {len(names) - 10} more" if len(names) > 10 else "")
+    hint = f"Did you mean '{close[0]}'? " if close else ""
+    return f"{hint}Known: {listed or 'none'}."
+
+
+_SECRET_IN_URL = re.compile(r"(?<=://)[^/@\s]*@")
+
+
+def without_secrets(text: str) -> str:
+    """The text with the user and password part of every URL replaced by ``***@``."""
+    return _SECRET_IN_URL.sub("***@", text)
+
+
+def _first_line(error: BaseException) -> str:
+    return without_secrets(next(iter(str(error).strip().splitlines()), type(error).__name__))
+
+
+def _redis_unreachable(error: BaseException) -> SparkFSError:
+    return UnavailableError.of(
+        "SFS-601",
+        "The online store cannot be reached.",
+        why=_first_line(error),
+        fix="check online.url and that the server runs (spark-fs doctor; for the embedded one: spark-fs online start)",
+    )
+
+
+def _redis_refused_login(error: BaseException) -> SparkFSError:
+    return InvalidError.of(
+        "SFS-602",
+        "The online store refused the login.",
+        why=_first_line(error),
+        fix="check the user and password that online.url refers to",
+    )
+
+
+def _redis_out_of_memory(error: BaseException) -> SparkFSError:
+    return SparkFSError.of(
+        "SFS-603",
+        "The online store is full; the rows of this call were not written.",
+        why=_first_line(error),
+        fix="raise maxmemory or materialize fewer views, then run the same command again",
+    )
+
+
+def _disk_full(error: BaseException) -> SparkFSError:
+    return SparkFSError.of(
+        "SFS-404",
+        "The disk is full; the last commit is intact and nothing of this one is visible.",
+        why=_first_line(error),
+        fix="free space and run the same command again",
+    )
+
+
+def _unreadable(error: BaseException) -> SparkFSError:
+    return InvalidError.of(
+        "SFS-401",
+        "A source cannot be read.",
+        why=_first_line(error),
+        fix="check the path, the table and the permissions",
+    )
+
+
+def _database_unavailable(error: BaseException) -> SparkFSError:
+    return UnavailableError.of(
+        "SFS-301", "The registry's database does not answer.", why=_first_line(error), fix="check registry.url"
+    )
+
+
+#: (module prefix, class name or text in the message) → our error. The first match along the cause chain wins.
+_FOREIGN: tuple[tuple[str, str, Callable[[BaseException], SparkFSError]], ...] = (
+    ("redis", "AuthenticationError", _redis_refused_login),
+    ("redis", "WRONGPASS", _redis_refused_login),
+    ("redis", "NOAUTH", _redis_refused_login),
+    ("redis", "NoPermissionError", _redis_refused_login),
+    ("redis", "OutOfMemoryError", _redis_out_of_memory),
+    ("redis", "ConnectionError", _redis_unreachable),
+    ("redis", "TimeoutError", _redis_unreachable),
+    ("", "No space left on device", _disk_full),
+    ("pyspark", "PATH_NOT_FOUND", _unreadable),
+    ("pyspark", "DELTA_TABLE_NOT_FOUND", _unreadable),
+    ("pyspark", "is not a Delta table", _unreadable),
+    ("pyspark", "TABLE_OR_VIEW_NOT_FOUND", _unreadable),
+    ("pyspark", "Permission denied", _unreadable),
+    ("pyspark", "UNABLE_TO_INFER_SCHEMA", _unreadable),
+    ("sqlalchemy", "OperationalError", _database_unavailable),
+)
+
+
+def translate(error: BaseException) -> SparkFSError | None:
+    """Our error for a foreign one (Redis, Spark, the disk, the database), or None where we have nothing to add.
+
+    Looks along the chain of causes; imports none of the foreign libraries. The caller chains it: ``raise ours from error``.
+    """
+    seen: BaseException | None = error
+    while seen is not None:
+        if isinstance(seen, SparkFSError):
+            return seen
+        kind = type(seen)
+        for module, mark, build in _FOREIGN:
+            if kind.__module__.startswith(module) and (mark == kind.__name__ or mark in str(seen)):
+                return build(seen)
+        seen = seen.__cause__ or seen.__context__
+    return None

@@ -1,0 +1,1 @@
+"""The offline store: sources, feature tables, as-of joins, training datasets."""

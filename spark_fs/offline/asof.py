@@ -1,0 +1,247 @@
+"""The as-of join: for each spine row the newest feature row of its keys that was visible at its time.
+
+``asof_join`` joins any two DataFrames. Many views at once: ``spine_stats`` looks at the spine, ``plan_asof`` decides,
+``execute`` does it (DataFrame → DataFrame, lazy).
+
+What is visible: event ≤ t, and event ≥ t - ttl where the view has a ttl, both inclusive; with ``known_at`` also
+created ≤ t. The winner has the greatest (event, created, row hash), null created first. All values come from that row.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from datetime import datetime, timedelta
+from functools import reduce
+from operator import and_, or_
+
+from pyspark.sql import Column, DataFrame, Window
+from pyspark.sql import functions as F
+
+from spark_fs.intervals import BEGINNING, UTC, from_micros, to_micros
+from spark_fs.offline.asof_plan import AsofGroup, AsofPlan, AsofView, SpineStats, plan_asof
+from spark_fs.offline.compute import row_hash
+
+__all__ = ["AsofGroup", "AsofPlan", "AsofView", "SpineStats", "asof_join", "execute", "plan_asof", "spine_stats"]
+
+_MICROSECOND = timedelta(microseconds=1)
+_LAST = datetime.max.replace(tzinfo=UTC)
+#: Types that Spark cannot hash; such columns take no part in the last tie-break of ``asof_join``.
+_UNHASHABLE = ("map<", "variant")
+#: At equal times feature rows come before spine rows: a feature row exactly at t is visible.
+_FEATURE_SIDE, _SPINE_SIDE = 0, 1
+
+
+def spine_stats(spine: DataFrame, time_column: str, keys: Iterable[Sequence[str]]) -> SpineStats:
+    """Count the spine once, for ``plan_asof``: rows, range of times, distinct keys of each tuple of key columns.
+
+    Starts ONE Spark job, the only one of this module. The spine is evaluated here and again by the join, and what is
+    pruned rests on both giving the same rows: persist a spine that does not (a sample, a LIMIT, rand()).
+    """
+    plain, at = _plain(spine)
+    tuples = sorted({tuple(sorted(names)) for names in keys if names})
+    time = F.col(at[time_column])
+    counted = [F.count_if(time.isNull()), F.min(F.unix_micros(time)), F.max(F.unix_micros(time))]
+    for names in tuples:
+        columns = [F.col(at[name]) for name in names]
+        present = reduce(and_, (column.isNotNull() for column in columns))
+        counted.append(F.approx_count_distinct(F.when(present, F.xxhash64(*columns))))
+    row = plain.agg(F.count(F.lit(1)), *counted).first()
+    assert row is not None  # an aggregate without groups always gives one row
+    rows, null_times, first, last, *distinct = row
+    return SpineStats(rows, null_times, _instant(first), _instant(last), dict(zip(tuples, distinct, strict=True)))
+
+
+def _instant(micros: int | None) -> datetime | None:
+    """The instant, or the nearest that Python has where Spark's years go further."""
+    return None if micros is None else from_micros(min(max(micros, to_micros(BEGINNING)), to_micros(_LAST)))
+
+
+def execute(plan: AsofPlan, spine: DataFrame, frames: Mapping[str, DataFrame]) -> DataFrame:
+    """The spine's columns, untouched and in order, then the features in the order asked for; one row per spine row.
+
+    ``frames`` has the feature rows of each view by its name. Lazy: no job, no caching, no settings changed. Rows come
+    in no particular order. A spine row with a null key or time, or without a visible feature row, gets nulls; feature
+    rows with a null key or time match nothing. All rows of one key pass through one task.
+    """
+    joined = spine
+    for group in plan.groups:
+        joined = _EXECUTORS[group.strategy](plan, group, joined, spine, frames)
+    plain, at = _plain(joined)
+    names = (*plan.spine_columns, *plan.outputs)
+    return plain.select(*(F.col(at[name]).alias(name, metadata=joined.schema[name].metadata) for name in names))
+
+
+def asof_join(
+    spine: DataFrame,
+    features: DataFrame,
+    on: str | Sequence[str] | Mapping[str, str],
+    *,
+    spine_time: str = "event_timestamp",
+    event_time: str = "event_timestamp",
+    created_time: str | None = None,
+    ttl: timedelta | None = None,
+    known_at: bool = False,
+    columns: Sequence[str] | None = None,
+    prefix: str = "",
+) -> DataFrame:
+    """Each spine row with the values of the newest row of ``features`` visible at its time; for any two DataFrames.
+
+    ``on`` names the keys, as one name, several, or {spine column: feature column}; an empty list joins by time alone
+    (in one task). Visible: ``t - ttl ≤ event_time ≤ t``, both inclusive, no lower bound where ttl is None or zero; with
+    ``known_at`` also ``created_time ≤ t`` (null: not visible). Ties in event time go to the greatest created time (null
+    first), then to the greatest hash of all other columns.
+
+    Gives exactly one row per spine row: its columns untouched and in order, then ``columns`` (default: all but keys and
+    times) named ``prefix + name``; nulls where nothing is visible or a key or time is null. Lazy, starts no job. Raises
+    InvalidError as ``plan_asof`` does.
+    """
+    keys = {on: on} if isinstance(on, str) else dict(on) if isinstance(on, Mapping) else {name: name for name in on}
+    structural = {*keys.values(), event_time, created_time}
+    values = [(name, type_) for name, type_ in features.dtypes if name not in structural]
+    asked = [name for name, _ in values] if columns is None else list(columns)
+    view = AsofView(
+        name="features",
+        keys=tuple(keys.items()),
+        features=tuple((name, prefix + name) for name in asked),
+        columns=tuple(features.dtypes),
+        event_time=event_time,
+        created_time=created_time,
+        ttl=ttl,
+        hash_columns=tuple(name for name, type_ in values if not any(mark in type_ for mark in _UNHASHABLE)),
+    )
+    plan = plan_asof([view], spine.dtypes, spine_time=spine_time, known_at=known_at)
+    return execute(plan, spine, {view.name: features})
+
+
+def _window(
+    plan: AsofPlan, group: AsofGroup, joined: DataFrame, spine: DataFrame, frames: Mapping[str, DataFrame]
+) -> DataFrame:
+    """All views of the group through one shuffle: a running winner over spine and feature rows in order of time.
+
+    Each row is narrow: keys, time, side, and one struct that holds the spine row or one view's values.
+    """
+    plain, at = _plain(joined)
+    features = [_feature_rows(plan, group, index, frames, spine) for index in range(len(group.views))]
+    rows = reduce(
+        lambda left, right: left.unionByName(right, allowMissingColumns=True),
+        [_spine_rows(plan, group, plain, at), *features],
+    )
+    ties = [F.col(name) for name in ("created", "hash") if name in rows.columns]
+    order = ["time", "side"] if plan.known_at else ["time", "side", *ties]
+    window = (
+        Window.partitionBy(*_key_names(group), "spread")
+        .orderBy(*order)
+        .rowsBetween(Window.unboundedPreceding, Window.currentRow)
+    )
+    winners = [
+        (_newest_known(F.col(f"view{index}"), ties) if plan.known_at else _newest(F.col(f"view{index}"))).over(window)
+        for index in range(len(group.views))
+    ]
+    # Filtered after the window: below it the feature rows would be gone.
+    running = rows.select("side", "time", "spine", *(w.alias(f"winner{index}") for index, w in enumerate(winners)))
+    matched = running.where(F.col("side") == _SPINE_SIDE)
+    fields = [F.col("spine").getField(at[f.name]).alias(f.name, metadata=f.metadata) for f in joined.schema.fields]
+    for index, view in enumerate(group.views):
+        winner = F.col(f"winner{index}")
+        fresh = F.when(_fresh(F.col("time"), winner.getField("event"), view.ttl), winner)
+        fields += [fresh.getField(f"value{n}").alias(output) for n, (_, output) in enumerate(view.features)]
+    return matched.select(*fields)
+
+
+def _spine_rows(plan: AsofPlan, group: AsofGroup, plain: DataFrame, at: Mapping[str, str]) -> DataFrame:
+    keys = [F.col(at[name]) for name, _ in group.keys]
+    # Rows with a null key match nothing; left together they would all land in one task.
+    unmatched = reduce(or_, (key.isNull() for key in keys), F.lit(False))
+    return plain.select(
+        *(key.cast(type_).alias(name) for key, name, (_, type_) in zip(keys, _key_names(group), group.keys, strict=True)),
+        F.when(unmatched, F.spark_partition_id()).alias("spread"),
+        F.col(at[plan.spine_time]).alias("time"),
+        F.lit(_SPINE_SIDE).alias("side"),
+        F.struct(*sorted(at.values())).alias("spine"),
+    )
+
+
+def _feature_rows(plan: AsofPlan, group: AsofGroup, index: int, frames: Mapping[str, DataFrame], spine: DataFrame) -> DataFrame:
+    view = group.views[index]
+    plain, at = _plain(frames[view.name])
+    event = F.col(at[view.event_time])
+    created = None if view.created_time is None else F.col(at[view.created_time])
+    keys = [F.col(at[feature_key]).cast(type_) for (_, feature_key), (_, type_) in zip(view.keys, group.keys, strict=True)]
+    plain = plain.where(_possible(plan, view, event, created, keys))
+    if group.semi_join:
+        known = _spine_keys(group, spine)
+        plain = plain.join(
+            F.broadcast(known),
+            [key == known[name] for key, name in zip(keys, _key_names(group), strict=True)],
+            "left_semi",
+        )
+    values = [F.col(at[name]).alias(f"value{n}") for n, (name, _) in enumerate(view.features)]
+    return plain.select(
+        *(key.alias(name) for key, name in zip(keys, _key_names(group), strict=True)),
+        _visible_from(event, created, known_at=plan.known_at).alias("time"),
+        F.lit(_FEATURE_SIDE).alias("side"),
+        *([] if created is None else [created.alias("created")]),
+        *([] if view.unique else [row_hash([at[name] for name in view.hash_columns]).alias("hash")]),
+        F.struct(event.alias("event"), *values).alias(f"view{index}"),
+    )
+
+
+def _possible(plan: AsofPlan, view: AsofView, event: Column, created: Column | None, keys: Sequence[Column]) -> Column:
+    """Whether a feature row can be visible to any spine row."""
+    needed = [*keys, event, *([created] if plan.known_at and created is not None else [])]
+    conditions = [column.isNotNull() for column in needed]
+    if bounds := plan.time_range(view):
+        # Literals made from microseconds: no text, so no session time zone.
+        start, end = (F.timestamp_micros(F.lit(to_micros(instant))) for instant in bounds)
+        conditions += [event <= end, *([event >= start] if view.ttl else [])]
+        if plan.known_at and created is not None:
+            conditions.append(created <= end)
+    return reduce(and_, conditions)
+
+
+def _spine_keys(group: AsofGroup, spine: DataFrame) -> DataFrame:
+    """The spine's distinct keys; from the spine itself, so that no earlier group's join is computed twice."""
+    plain, at = _plain(spine)
+    keys = [F.col(at[name]).cast(type_).alias(key) for (name, type_), key in zip(group.keys, _key_names(group), strict=True)]
+    return plain.select(*keys).dropna().distinct()
+
+
+def _visible_from(event: Column, created: Column | None, *, known_at: bool) -> Column:
+    return F.greatest(event, created) if known_at and created is not None else event
+
+
+def _newest(values: Column) -> Column:
+    """The last row's values in (event, created, hash) order; whole rows, so a null in the newest row stays null."""
+    return F.last(values, ignorenulls=True)
+
+
+def _newest_known(values: Column, ties: Sequence[Column]) -> Column:
+    """The values of the greatest (event, created, hash); here rows come in order of becoming visible."""
+    return F.max_by(values, F.when(values.isNotNull(), F.struct(values.getField("event"), *ties)))
+
+
+def _fresh(time: Column, event: Column, ttl: timedelta | None) -> Column:
+    """Whether the winner is not older than the ttl. If the newest visible row is too old, so are all others.
+
+    In microseconds: Spark's interval arithmetic follows the session time zone across daylight saving changes.
+    """
+    return F.unix_micros(time) - F.unix_micros(event) <= F.lit(ttl // _MICROSECOND) if ttl else F.lit(True)
+
+
+def _key_names(group: AsofGroup) -> list[str]:
+    return [f"key{position}" for position in range(len(group.keys))]
+
+
+def _plain(frame: DataFrame) -> tuple[DataFrame, dict[str, str]]:
+    """The frame with names of our own and the map to them, so that no user's name needs quoting or can clash.
+
+    Our names sort as the user's do, for the row hash goes by name order.
+    """
+    at = {name: f"c{rank:06}" for rank, name in enumerate(sorted(set(frame.columns)))}
+    return frame.toDF(*(at[name] for name in frame.columns)), at
+
+
+#: How a group of each strategy is joined: (plan, group, rows so far, spine, frames) → those rows with its features.
+_EXECUTORS: Mapping[str, Callable[[AsofPlan, AsofGroup, DataFrame, DataFrame, Mapping[str, DataFrame]], DataFrame]] = {
+    "window": _window,
+}

@@ -1,0 +1,236 @@
+"""All reading and writing of Delta tables and sources. Nothing else in the package touches storage offline."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from delta.tables import DeltaTable
+from py4j.protocol import Py4JJavaError
+from pyspark.sql import Column, DataFrame, Observation, SparkSession
+
+from spark_fs.config import resolve_variables
+from spark_fs.errors import InvalidError, SparkFSError, translate
+from spark_fs.intervals import BEGINNING, Interval, text
+from spark_fs.spec import SourceSpec, ViewSpec
+
+#: Properties of every table of ours: any Delta reader can open it (no deletion vectors, no column mapping).
+_PROPERTIES = {
+    "delta.enableDeletionVectors": "false",
+    "delta.columnMapping.mode": "none",
+    "delta.checkpointPolicy": "classic",
+}
+
+#: Operations of Delta that leave the rows of a table as they are.
+_NO_NEW_ROWS = frozenset({"OPTIMIZE", "VACUUM START", "VACUUM END", "SET TBLPROPERTIES", "CREATE TABLE"})
+
+
+def read_source(spark: SparkSession, source: SourceSpec, location: str | None = None) -> DataFrame:
+    """The source's rows, unfiltered; for Delta pinned to its newest version. ``location``: its path, made absolute.
+
+    ``${VARIABLE}`` in options is taken from this process's environment; SFS-204 if it is not set. A source that cannot be
+    read is InvalidError SFS-401.
+    """
+    try:
+        return _read(spark, source, location)
+    except SparkFSError:
+        raise
+    except Exception as error:
+        ours = translate(error)
+        if ours is None:
+            ours = InvalidError.of("SFS-401", "A source cannot be read.", why=str(error).strip().splitlines()[0])
+        problem = ours.problems[0]
+        raise InvalidError.of(
+            problem.code,
+            f"Source '{source.name}' cannot be read.",
+            why=problem.why,
+            where=source.location,
+            fix=problem.fix,
+        ) from error
+
+
+def _read(spark: SparkSession, source: SourceSpec, location: str | None) -> DataFrame:
+    path = location or source.path
+    options = _resolved(source)
+    if source.kind == "delta":
+        if source.table:
+            return spark.read.table(source.table)
+        assert path is not None
+        return spark.read.format("delta").option("versionAsOf", table_version(spark, path)).load(path)
+    if source.kind == "file":
+        schema = options.pop("schema", None)
+        # Text without a zone would be read in the session's: pinned, so that the session never changes a result.
+        reader = spark.read.format(source.format or "parquet").options(timeZone="UTC", **options)
+        return (reader.schema(schema) if schema else reader).load(path)
+    if source.table:
+        return spark.read.options(**options).table(source.table)
+    if source.query:
+        return spark.sql(source.query)
+    assert source.format is not None
+    return spark.read.format(source.format).options(**options).load()
+
+
+def _resolved(source: SourceSpec) -> dict[str, str]:
+    try:
+        return {option: resolve_variables(value, os.environ) for option, value in source.options.items()}
+    except KeyError as error:
+        raise InvalidError.of(
+            "SFS-204",
+            f"Source '{source.name}' needs the variable {error.args[0]}, which is not set.",
+            where=source.name,
+            fix=f"export {error.args[0]}=… where the job runs",
+        ) from None
+
+
+def table_version(spark: SparkSession, path: str) -> int:
+    """The newest version of the Delta table at ``path``."""
+    newest = DeltaTable.forPath(spark, path).history(1).select("version").first()
+    assert newest is not None  # a Delta table has at least one version
+    return int(newest["version"])
+
+
+def feature_table_path(root: str, view: ViewSpec) -> str:
+    """Where the feature table of a view version lies."""
+    return f"{root}/{view.project}/{view.name}/v{view.version}"
+
+
+@dataclass(frozen=True)
+class FeatureTable:
+    """The Delta table of one view version: join keys, event_timestamp, created_timestamp, features, _build, _bucket."""
+
+    spark: SparkSession
+    path: str
+    view: ViewSpec
+
+    def exists(self) -> bool:
+        """Whether the table has been created."""
+        return DeltaTable.isDeltaTable(self.spark, self.path)
+
+    def create(self, buckets: int) -> None:
+        """Create the empty table; nothing happens if it exists. ``buckets`` is fixed from then on."""
+        builder = DeltaTable.createIfNotExists(self.spark).location(self.path).partitionedBy("_bucket")
+        for key in self.view.keys:
+            builder = builder.addColumn(key.name, key.type.spark)
+        builder = builder.addColumn("event_timestamp", "timestamp").addColumn("created_timestamp", "timestamp")
+        for feature in self.view.features:
+            builder = builder.addColumn(feature.name, feature.type.spark)
+        builder = builder.addColumn("_build", "int").addColumn("_bucket", "int")
+        # Statistics on keys and times only: they prune files, those of hundreds of features would only cost.
+        indexed = ",".join([*self.view.key_names, "event_timestamp", "created_timestamp", "_build"])
+        properties = {**_PROPERTIES, "delta.dataSkippingStatsColumns": indexed, "spark_fs.buckets": str(buckets)}
+        for name, value in {**properties, "spark_fs.view": self.view.reference}.items():
+            builder = builder.property(name, value)
+        builder.execute()
+
+    def buckets(self) -> int:
+        """The number of buckets it was created with."""
+        detail = DeltaTable.forPath(self.spark, self.path).detail().select("properties").first()
+        assert detail is not None  # the detail of a table is one row
+        return int(detail["properties"]["spark_fs.buckets"])
+
+    def version(self) -> int:
+        """The newest version of the table."""
+        return table_version(self.spark, self.path)
+
+    def builds_since(self, version: int, until: int) -> set[int] | None:
+        """The builds committed after ``version``, up to ``until``; None where the log cannot tell, so anything may be new.
+
+        The log tells unless it was cleaned up that far, or somebody else changed the table's data.
+        """
+        history = DeltaTable.forPath(self.spark, self.path).history().select("version", "operation", "userMetadata")
+        commits = [row for row in history.collect() if version < row.version <= until]
+        builds: set[int] = set()
+        for commit in commits:
+            if commit.operation in _NO_NEW_ROWS:
+                continue
+            build = json.loads(commit.userMetadata or "{}").get("build")
+            if build is None:
+                return None
+            builds.add(build)
+        return builds if len(commits) == until - version else None
+
+    def read(self, version: int | None = None) -> DataFrame:
+        """The table's rows at a version (default: the newest)."""
+        reader = self.spark.read.format("delta")
+        return (reader if version is None else reader.option("versionAsOf", version)).load(self.path)
+
+    def replace(self, rows: DataFrame, interval: Interval, build: int, note: Mapping[str, Any]) -> None:
+        """Put ``rows`` in the place of all rows of the interval, in one commit; the same build is never committed twice."""
+        predicate = f"event_timestamp < TIMESTAMP '{text(interval.end)}'"
+        if interval.start != BEGINNING:
+            predicate = f"event_timestamp >= TIMESTAMP '{text(interval.start)}' AND {predicate}"
+        (
+            rows.write.format("delta")
+            .mode("overwrite")
+            .option("replaceWhere", predicate)
+            .option("txnAppId", f"spark_fs:{self.view.project}:{self.view.reference}:build-{build}")
+            .option("txnVersion", 1)
+            .option("userMetadata", json.dumps(dict(note)))
+            .save(self.path)
+        )
+
+
+def observed(counts: Observation, frame: DataFrame, columns: Sequence[Column]) -> dict[str, Any]:
+    """What ``counts`` saw of ``frame`` while an action ran: the aggregates ``columns``, by name.
+
+    Spark leaves the counting out of plans that it finds, while running, to have no rows; then it is done here, in a job of
+    its own over ``frame``.
+    """
+    try:
+        return counts.get
+    except Py4JJavaError:
+        row = frame.agg(*columns).first()
+        assert row is not None  # an aggregate without groups has one row
+        return row.asDict()
+
+
+def write_dataset(rows: DataFrame, path: str, note: Mapping[str, Any], transaction: str) -> int:
+    """Write a training dataset as the next Delta version of the table at ``path`` and return that version."""
+    spark = rows.sparkSession
+    (
+        rows.write.format("delta")
+        .mode("overwrite")
+        .option("overwriteSchema", "true")
+        .option("txnAppId", transaction)
+        .option("txnVersion", 1)
+        .option("userMetadata", json.dumps(dict(note)))
+        .options(**_PROPERTIES)
+        .save(path)
+    )
+    return table_version(spark, path)
+
+
+def read_dataset(spark: SparkSession, path: str, version: int) -> DataFrame:
+    """The rows of a training dataset at a Delta version."""
+    return spark.read.format("delta").option("versionAsOf", version).load(path)
+
+
+def write_text(path: str, content: str) -> None:
+    """Write a small text file at a local path or URI; a local one appears whole or not at all."""
+    if "://" in path:
+        from pyarrow import fs
+
+        system, inner = fs.FileSystem.from_uri(path)
+        with system.open_output_stream(inner) as stream:
+            stream.write(content.encode())
+        return
+    file = Path(path)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    partial = file.with_suffix(".partial")
+    partial.write_text(content, encoding="utf-8")
+    partial.replace(file)
+
+
+def delete_folder(path: str) -> bool:
+    """Delete the folder at a local path or URI; False if there is none."""
+    from pyarrow import fs
+
+    system, inner = fs.FileSystem.from_uri(path) if "://" in path else (fs.LocalFileSystem(), path)
+    if system.get_file_info(inner).type == fs.FileType.NotFound:
+        return False
+    system.delete_dir(inner)
+    return True

@@ -1,0 +1,1 @@
+"""The online store: bytes of keys and values, the guarded write, the embedded server, reading. Without Spark."""

@@ -1,0 +1,288 @@
+"""Keys and values of the online store as bytes: the layout, the keys, and decoding. Standard library only.
+
+Key    ``{project}:{view}@{version}:{<tag>}:<key bytes>``, such as ``flights:weather@1:{77}:JFK``. The tag stands in
+       literal braces and is ``crc32(key bytes) % 1024``, so that a cluster keeps the rows of a tag in one slot. Key
+       bytes: one join key is its text; several are each ``<byte length>:<text>`` in declared order; none is empty. The
+       text of a bool is ``true`` or ``false``, of a timestamp its microseconds, of a date its days since 1970-01-01.
+
+Value  format v1: header, body.
+
+       header  28 bytes, big-endian, ordered as bytes like the numbers they stand for:
+               generation u32 · event time i64 · created time i64 · build u32 · schema id u32
+               times are microseconds since 1970-01-01 UTC with the sign bit flipped; a null created time is all zero
+       body    null bitmap  one bit per feature in declared order, lowest bit first, 1 = null; ``ceil(features / 8)``
+       bytes
+               fixed part   the fixed-width features in declared order, little-endian; zero where null. A bool is one
+                            byte, a timestamp i64 microseconds, a date i32 days, a decimal its unscaled integer in 16
+                            bytes two's complement
+               ends         one u32 per variable-width feature: where its bytes end, counted from the end of the ends
+               bytes        the variable-width features in declared order: UTF-8 text, raw bytes or an array; none
+                            where null
+       array   count u32 · null bitmap of the elements · the elements: fixed-width ones as above; others as one u32 end
+               each, then their bytes. An embedding is an array of float32
+
+The schema id is the CRC-32 of the features' names and types: a value of another schema is never misread.
+"""
+
+from __future__ import annotations
+
+import struct
+import zlib
+from collections.abc import Callable, Sequence
+from datetime import date, datetime
+from decimal import Context, Decimal
+from operator import index, itemgetter
+from typing import Any, NamedTuple
+
+from spark_fs.errors import InvalidError
+from spark_fs.intervals import from_micros, to_micros
+from spark_fs.spec import Column, ViewSpec, canonical_json
+from spark_fs.types import ValueType
+
+#: Hash tags of the keys; a power of two, so that each tag lies in one bucket of a feature table with as many or fewer.
+ONLINE_SLOTS = 1024
+#: Added to a signed time so that its bytes order like its value.
+SIGN_BIT = 1 << 63
+HEADER = struct.Struct(">IQQII")
+
+_EPOCH_DAY = date(1970, 1, 1).toordinal()
+_STRUCT_CODES = {
+    "bool": "?",
+    "int32": "i",
+    "int64": "q",
+    "float32": "f",
+    "float64": "d",
+    "timestamp": "q",
+    "date": "i",
+    "decimal": "16s",
+}
+#: The default context would round to 28 digits.
+_EXACT = Context(prec=50)
+
+
+class Header(NamedTuple):
+    """The version of a stored value: what a greater one must exceed, field by field, and the schema of its body."""
+
+    generation: int
+    event_us: int
+    created_us: int | None
+    build: int
+    schema_id: int
+
+
+def read_header(value: bytes) -> Header:
+    """The header of a stored value; times in microseconds since 1970-01-01 UTC."""
+    generation, event, created, build, schema = HEADER.unpack_from(value)
+    return Header(generation, event - SIGN_BIT, created - SIGN_BIT if created else None, build, schema)
+
+
+def schema_id(features: Sequence[Column]) -> int:
+    """A 32-bit number that changes with any feature's name, type or place."""
+    return zlib.crc32(canonical_json([[feature.name, feature.type.name] for feature in features]).encode())
+
+
+def bitmap_bytes(bits: int) -> int:
+    """The bytes a bitmap of so many bits takes."""
+    return (bits + 7) // 8
+
+
+# ---- keys
+
+
+def key_prefix(view: ViewSpec) -> bytes:
+    """What all keys of one view version start with, and no key of another: ``{project}:{view}@{version}:``."""
+    return f"{view.project}:{view.reference}:".encode()
+
+
+def redis_key(prefix: bytes, key: bytes) -> bytes:
+    """The Redis key of an entity: prefix, tag in braces, key bytes."""
+    return b"%b{%d}:%b" % (prefix, zlib.crc32(key) % ONLINE_SLOTS, key)
+
+
+def key_bytes(values: Sequence[Any], keys: Sequence[Column]) -> bytes:
+    """The key bytes of an entity; the same as ``offline.compute.key_bytes`` gives for equal values in Spark.
+
+    ``values`` are natural Python values in the order of ``keys``: int (or another integer type), str, bytes, bool,
+    datetime with a time zone, date. Raises SFS-606 naming the join key for a null, for a value of another type (no
+    silent ``str()``), outside the type's range, or not encodable.
+    """
+    texts = [_key_text(value, key) for value, key in zip(values, keys, strict=True)]
+    if len(texts) == 1:
+        return texts[0]
+    return b"".join(b"%d:%b" % (len(text), text) for text in texts)
+
+
+def _key_text(value: Any, key: Column) -> bytes:
+    try:
+        return _KEY_TEXTS[key.type.name](value)
+    except (TypeError, ValueError) as error:
+        raise InvalidError.of(
+            "SFS-606",
+            f"The join key '{key.name}' is {key.type} and cannot be {_shown(value)}.",
+            why=f"{str(error)[:200]}." if isinstance(value, str) else "",
+            fix=f"give a value such as {_KEY_EXAMPLES[key.type.name]}",
+        ) from error
+
+
+def _shown(value: Any) -> str:
+    text = repr(value)
+    return "null" if value is None else f"{text[:60]}{'…' if len(text) > 60 else ''} ({type(value).__name__})"
+
+
+def _require(value: Any, *kinds: type, but: type | None = None) -> Any:
+    if not isinstance(value, kinds) or (but is not None and isinstance(value, but)):
+        raise TypeError(f"not a {kinds[0].__name__}")
+    return value
+
+
+def _integer_text(bits: int) -> Callable[[Any], bytes]:
+    least, past = -(1 << (bits - 1)), 1 << (bits - 1)
+
+    def text(value: Any) -> bytes:
+        number = index(value)
+        if isinstance(value, bool) or not least <= number < past:
+            raise ValueError(f"not an integer of {bits} bits")
+        return b"%d" % number
+
+    return text
+
+
+def _instant_text(value: Any) -> bytes:
+    if _require(value, datetime).utcoffset() is None:
+        raise ValueError("it has no time zone")
+    return b"%d" % to_micros(value)
+
+
+_KEY_TEXTS: dict[str, Callable[[Any], bytes]] = {
+    "bool": lambda value: b"true" if _require(value, bool) else b"false",
+    "int32": _integer_text(32),
+    "int64": _integer_text(64),
+    "string": lambda value: bytes(_require(value, str).encode()),
+    "bytes": lambda value: bytes(_require(value, bytes, bytearray)),
+    "timestamp": _instant_text,
+    "date": lambda value: b"%d" % (_require(value, date, but=datetime).toordinal() - _EPOCH_DAY),
+}
+_KEY_EXAMPLES = {
+    "bool": "True",
+    "int32": "42",
+    "int64": "42",
+    "string": "'JFK'",
+    "bytes": "b'JFK'",
+    "timestamp": "datetime(2013, 7, 1, tzinfo=timezone.utc)",
+    "date": "date(2013, 7, 1)",
+}
+
+
+# ---- values
+
+
+class Decoder:
+    """Reads some features out of stored values of one schema; made once, then called per value.
+
+    A value comes back as int, float, bool, str, bytes, Decimal, date, datetime (UTC), list of these, or None for null.
+    """
+
+    def __init__(self, features: Sequence[Column], wanted: Sequence[str] | None = None) -> None:
+        names = [feature.name for feature in features] if wanted is None else list(wanted)
+        places = {name: place for place, name in enumerate(names)}
+        codes, picked, slot = [f"<{bitmap_bytes(len(features))}s"], [0] * len(names), 1
+        self._bits = [(1 << bit, places[item.name]) for bit, item in enumerate(features) if item.name in places]
+        self._converted: list[tuple[int, Callable[[Any], Any]]] = []
+        self._variable: list[tuple[int, int, Callable[[bytes], Any]]] = []
+        for feature in features:
+            if feature.type.width is None:
+                continue
+            if feature.name not in places:
+                codes.append(f"{feature.type.width}x")
+                continue
+            codes.append(_STRUCT_CODES[feature.type.kind])
+            picked[places[feature.name]] = slot
+            convert = _converter(feature.type)
+            if convert is not None:
+                self._converted.append((places[feature.name], convert))
+            slot += 1
+        variable = [feature for feature in features if feature.type.width is None]
+        for number, feature in enumerate(variable):
+            if feature.name in places:
+                self._variable.append((places[feature.name], number, _reader(feature.type)))
+        self._ends = slot
+        self._layout = struct.Struct("".join([*codes, "I" * len(variable)]))
+        self._bytes_start = HEADER.size + self._layout.size
+        # Slot 0, the null bitmap, twice: itemgetter gives a tuple for two items and more only.
+        self._pick = itemgetter(0, 0, *picked)
+
+    def decode(self, value: bytes) -> list[Any]:
+        """The wanted features of one value, in the order they were asked for. The header is not looked at."""
+        slots = self._layout.unpack_from(value, HEADER.size)
+        row: list[Any]
+        bitmap, _, *row = self._pick(slots)
+        for place, convert in self._converted:
+            row[place] = convert(row[place])
+        if self._variable:
+            ends, start = (0, *slots[self._ends :]), self._bytes_start  # each one starts where the one before ends
+            for place, number, read in self._variable:
+                row[place] = read(value[start + ends[number] : start + ends[number + 1]])
+        nulls = int.from_bytes(bitmap, "little")
+        if nulls:
+            for bit, place in self._bits:
+                if nulls & bit:
+                    row[place] = None
+        return row
+
+
+def _converter(kind: ValueType) -> Callable[[Any], Any] | None:
+    """What turns an unpacked fixed-width value into the natural Python one; None where it already is."""
+    if kind.kind == "timestamp":
+        return from_micros
+    if kind.kind == "date":
+        return lambda days: date.fromordinal(days + _EPOCH_DAY)
+    if kind.kind == "decimal":
+        exponent = Decimal(-kind.scale)
+        return lambda raw: _EXACT.scaleb(Decimal(int.from_bytes(raw, "little", signed=True)), exponent)
+    return None
+
+
+def _reader(kind: ValueType) -> Callable[[bytes], Any]:
+    """What turns the bytes of a variable-width value into the natural Python one."""
+    if kind.element is not None:
+        return _array_reader(kind.element)
+    return bytes.decode if kind.kind == "string" else bytes
+
+
+def _array_reader(element: ValueType) -> Callable[[bytes], list[Any]]:
+    if element.width is None:
+        return _variable_array_reader(_reader(element))
+    code, convert = _STRUCT_CODES[element.kind], _converter(element)
+
+    def read(data: bytes) -> list[Any]:
+        if not data:
+            return []  # null, as the bitmap of the row says
+        count = int.from_bytes(data[:4], "little")
+        start = 4 + bitmap_bytes(count)
+        # '16s' takes no count of its own: 216s would be one string.
+        layout = f"<{code * count}" if code == "16s" else f"<{count}{code}"
+        values: Sequence[Any] = struct.unpack_from(layout, data, start)
+        return _with_nulls(values if convert is None else [convert(value) for value in values], data[4:start])
+
+    return read
+
+
+def _variable_array_reader(convert: Callable[[bytes], Any]) -> Callable[[bytes], list[Any]]:
+    def read(data: bytes) -> list[Any]:
+        if not data:
+            return []  # null, as the bitmap of the row says
+        count = int.from_bytes(data[:4], "little")
+        start = 4 + bitmap_bytes(count)
+        ends = (0, *struct.unpack_from(f"<{count}I", data, start))
+        base = start + 4 * count
+        values = [convert(data[base + ends[i] : base + ends[i + 1]]) for i in range(count)]
+        return _with_nulls(values, data[4:start])
+
+    return read
+
+
+def _with_nulls(values: Sequence[Any], bitmap: bytes) -> list[Any]:
+    nulls = int.from_bytes(bitmap, "little")
+    if not nulls:
+        return list(values)
+    return [None if nulls >> position & 1 else value for position, value in enumerate(values)]

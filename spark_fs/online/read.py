@@ -1,0 +1,293 @@
+"""Feature values for entities, in one round trip. Needs neither a JVM nor pyspark, pandas, pyarrow or numpy."""
+
+from __future__ import annotations
+
+import base64
+import html
+import math
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import date, datetime, timedelta
+from decimal import Decimal
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
+
+from spark_fs.errors import InvalidError, Problem, did_you_mean
+from spark_fs.intervals import from_micros, text, to_micros
+from spark_fs.online.codec import HEADER, SIGN_BIT, Decoder, key_bytes, key_prefix, redis_key, schema_id
+from spark_fs.spec import Selection, output_names
+
+if TYPE_CHECKING:
+    import redis
+
+PRESENT = "PRESENT"
+NULL_VALUE = "NULL_VALUE"
+NOT_FOUND = "NOT_FOUND"
+OUTSIDE_MAX_AGE = "OUTSIDE_MAX_AGE"
+
+#: Keys per MGET: a longer one would hold up other readers of the server.
+KEYS_PER_COMMAND = 1_000
+#: Rows that a notebook shows.
+SHOWN_ROWS = 20
+
+
+@dataclass(frozen=True, slots=True)
+class _Found:
+    """What one view gave: per entity row whether the row counts, its event time, and one list of values per feature."""
+
+    states: list[str]
+    event_us: list[int | None]
+    columns: list[list[Any]]
+
+
+@dataclass(frozen=True, slots=True, repr=False)
+class OnlineResponse:
+    """Feature values in the order of the entity rows, duplicates included.
+
+    Values are natural Python ones: int, float, bool, str, bytes, Decimal, date, datetime (UTC), list; None where
+    there is none.
+    """
+
+    _entities: Mapping[str, list[Any]]
+    _features: Mapping[str, tuple[_Found, int]]
+
+    @property
+    def feature_names(self) -> tuple[str, ...]:
+        """The output names of the features, in the order asked for."""
+        return tuple(self._features)
+
+    def __len__(self) -> int:
+        columns = (*self._entities.values(), *(found.states for found, _ in self._features.values()))
+        return len(columns[0]) if columns else 0
+
+    def __repr__(self) -> str:
+        return f"OnlineResponse({len(self)} rows: {', '.join([*self._entities, *self._features])})"
+
+    @property
+    def statuses(self) -> dict[str, list[str]]:
+        """Feature → one status per entity row.
+
+        PRESENT; NULL_VALUE: the row is there, the value is null; NOT_FOUND: no row, or one of another schema;
+        OUTSIDE_MAX_AGE: the row is older than the view's ttl. The value is None for all but PRESENT.
+        """
+        return {
+            name: [
+                NULL_VALUE if state is PRESENT and value is None else state
+                for state, value in zip(found.states, found.columns[place], strict=True)
+            ]
+            for name, (found, place) in self._features.items()
+        }
+
+    @property
+    def event_timestamps(self) -> dict[str, list[datetime | None]]:
+        """Feature → the event time (UTC) of the row the value comes from, per entity row; None where NOT_FOUND."""
+        instants: dict[int, list[datetime | None]] = {}
+        for found, _ in self._features.values():
+            if id(found) not in instants:
+                instants[id(found)] = [None if us is None else from_micros(us) for us in found.event_us]
+        return {name: instants[id(found)] for name, (found, _) in self._features.items()}
+
+    def to_dict(self, *, include_event_timestamps: bool = False) -> dict[str, list[Any]]:
+        """Column → values: the entity rows' columns, then the features, then, if wanted, one ``<feature>__ts`` each."""
+        columns = {name: list(values) for name, values in self._entities.items()}
+        columns |= {name: list(found.columns[place]) for name, (found, place) in self._features.items()}
+        if include_event_timestamps:
+            columns |= {f"{name}__ts": list(instants) for name, instants in self.event_timestamps.items()}
+        return columns
+
+    def to_json(self) -> dict[str, Any]:
+        """The answer in the shape of Feast's feature server, of JSON types only.
+
+        ``{"metadata": {"feature_names": […]}, "results": [{"values", "statuses", "event_timestamps"}, …]}``, one
+        result per column, entity columns first. Instants and dates are ISO 8601 text, decimals text, bytes base64,
+        and the floats JSON lacks are the text ``NaN``, ``Infinity`` and ``-Infinity``. Integers stay integers, also
+        above 2**53.
+        """
+        results = [
+            {
+                "values": [_jsonable(value) for value in values],
+                "statuses": [NULL_VALUE if value is None else PRESENT for value in values],
+                "event_timestamps": [None] * len(values),
+            }
+            for values in self._entities.values()
+        ]
+        statuses, instants = self.statuses, self.event_timestamps
+        results += [
+            {
+                "values": [_jsonable(value) for value in found.columns[place]],
+                "statuses": statuses[name],
+                "event_timestamps": [_jsonable(instant) for instant in instants[name]],
+            }
+            for name, (found, place) in self._features.items()
+        ]
+        return {"metadata": {"feature_names": [*self._entities, *self._features]}, "results": results}
+
+    def _repr_html_(self) -> str:
+        columns, statuses = self.to_dict(), self.statuses
+        head = "".join(f"<th>{html.escape(name)}</th>" for name in columns)
+        rows = []
+        for row in range(min(len(self), SHOWN_ROWS)):
+            cells = []
+            for name, values in columns.items():
+                status = statuses[name][row] if name in statuses else PRESENT
+                cells.append(f"<td>{html.escape(str(values[row]) if status == PRESENT else status)}</td>")
+            rows.append(f"<tr>{''.join(cells)}</tr>")
+        more = f"<p>and {len(self) - SHOWN_ROWS} more rows</p>" if len(self) > SHOWN_ROWS else ""
+        return f"<table><thead><tr>{head}</tr></thead><tbody>{''.join(rows)}</tbody></table>{more}"
+
+
+def _jsonable(value: Any) -> Any:
+    if isinstance(value, datetime):
+        return text(value)
+    if isinstance(value, date):
+        return value.isoformat()
+    if isinstance(value, Decimal):
+        return str(value)
+    if isinstance(value, bytes):
+        return base64.b64encode(value).decode()
+    if isinstance(value, list):
+        return [_jsonable(item) for item in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
+    return value
+
+
+class OnlineReader:
+    """Reads features from one online store; threads may share it. Close it, or use it in a ``with`` block.
+
+    ``url`` is ``redis://``, ``rediss://`` or ``unix://``; no connection is made before the first read. A read that
+    gets no answer in ``socket_timeout_seconds`` is tried twice more, then fails.
+    """
+
+    def __init__(self, url: str, *, socket_timeout_seconds: float = 5.0) -> None:
+        from spark_fs.online import redis_store  # redis takes 0.2 s to import: not before a reader is made
+
+        self._errors = redis_store.redis_errors
+        self._client: redis.Redis = redis_store.open_client(url, socket_timeout_seconds=socket_timeout_seconds)
+
+    def __enter__(self) -> OnlineReader:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close all connections."""
+        self._client.close()
+
+    def read(
+        self,
+        selections: Sequence[Selection],
+        entity_rows: Sequence[Mapping[str, Any]] | Mapping[str, Sequence[Any]],
+        *,
+        full_feature_names: bool = False,
+        now: datetime | None = None,
+    ) -> OnlineResponse:
+        """The latest values of the selected features for each entity row, in one round trip for all rows and views.
+
+        ``entity_rows`` is a list of rows or a mapping of columns; columns that are no join keys are handed back
+        unchanged. A null join key finds nothing. A row is too old, OUTSIDE_MAX_AGE, when its event time is before
+        ``now`` − ttl (at exactly that age it still counts); ``now`` defaults to the clock and needs a time zone.
+
+        Raises SFS-607 naming every missing join key, or for columns of unequal length; SFS-606 for a join key of
+        another type; SFS-503 for two features of the same output name; SFS-601 and SFS-602 where the server is down
+        or refuses the login.
+        """
+        columns, count = _columns(entity_rows)
+        _require_keys(selections, columns)
+        names = output_names(selections, full_feature_names=full_feature_names, taken=columns)
+        encoded: dict[Any, list[bytes | None]] = {}
+        wanted = [_wanted_keys(selection, columns, count, encoded) for selection in selections]
+        flat = [key for keys in wanted for key in keys if key is not None]
+        values = iter(self._fetch(flat))
+        now_us = time.time_ns() // 1000 if now is None else to_micros(now)
+        features: dict[str, tuple[_Found, int]] = {}
+        for number, (selection, keys) in enumerate(zip(selections, wanted, strict=True)):
+            found = _interpret(selection, [None if key is None else next(values) for key in keys], now_us)
+            features |= {names[number, name]: (found, place) for place, name in enumerate(selection.features)}
+        return OnlineResponse(columns, features)
+
+    def _fetch(self, keys: list[bytes]) -> list[bytes | None]:
+        with self._errors():
+            if len(keys) <= KEYS_PER_COMMAND:
+                found: Any = self._client.mget(keys) if keys else []
+                return list(found)
+            pipeline = self._client.pipeline(transaction=False)
+            for start in range(0, len(keys), KEYS_PER_COMMAND):
+                pipeline.mget(keys[start : start + KEYS_PER_COMMAND])
+            return [value for part in pipeline.execute() for value in part]
+
+
+def _columns(
+    entity_rows: Sequence[Mapping[str, Any]] | Mapping[str, Sequence[Any]],
+) -> tuple[dict[str, list[Any]], int]:
+    """The entity rows as columns, and how many rows they are; a column that a row lacks is left out."""
+    if isinstance(entity_rows, Mapping):
+        columns = {name: list(values) for name, values in entity_rows.items()}
+        lengths = {name: len(values) for name, values in columns.items()}
+        if len(set(lengths.values())) > 1:
+            shown = ", ".join(f"{name} {length}" for name, length in lengths.items())
+            raise InvalidError.of("SFS-607", f"The columns of the entity rows have unequal lengths: {shown}.")
+        return columns, next(iter(lengths.values()), 0)
+    names = dict.fromkeys(name for row in entity_rows for name in row)
+    return {name: [row[name] for row in entity_rows] for name in names if all(name in row for row in entity_rows)}, len(
+        entity_rows
+    )
+
+
+def _require_keys(selections: Sequence[Selection], columns: Mapping[str, Any]) -> None:
+    missing: dict[str, list[str]] = {}
+    for selection in selections:
+        for key in selection.spine_keys:
+            if key not in columns:
+                missing.setdefault(key, []).append(selection.alias)
+    if missing:
+        raise InvalidError(
+            *(
+                Problem(
+                    "SFS-607",
+                    f"The entity rows lack the join key '{key}' of {', '.join(sorted(set(views)))}.",
+                    did_you_mean(key, columns),
+                    fix=f"give '{key}' in every entity row",
+                )
+                for key, views in missing.items()
+            )
+        )
+
+
+def _wanted_keys(
+    selection: Selection, columns: Mapping[str, list[Any]], count: int, encoded: dict[Any, list[bytes | None]]
+) -> list[bytes | None]:
+    """The Redis key of each entity row, None where a join key is null. Views with equal keys share the encoded ones."""
+    view = selection.view
+    identity = (selection.spine_keys, tuple(key.type.name for key in view.keys))
+    if identity not in encoded:
+        rows = zip(*(columns[name] for name in selection.spine_keys), strict=True) if view.keys else [()] * count
+        encoded[identity] = [None if None in row else key_bytes(row, view.keys) for row in rows]
+    prefix = key_prefix(view)
+    return [None if key is None else redis_key(prefix, key) for key in encoded[identity]]
+
+
+def _interpret(selection: Selection, values: Sequence[bytes | None], now_us: int) -> _Found:
+    """Stored values → states, event times and columns; a ttl older than the view's start of time keeps all."""
+    view = selection.view
+    decode: Callable[[bytes], list[Any]] = Decoder(view.features, selection.features).decode
+    header, schema = HEADER.unpack_from, schema_id(view.features)
+    oldest_us = now_us - view.ttl // timedelta(microseconds=1) if view.ttl else -SIGN_BIT
+    nothing = [None] * len(selection.features)
+    states: list[str] = []
+    event_us: list[int | None] = []
+    rows: list[list[Any]] = []
+    for value in values:
+        state, event, row = NOT_FOUND, None, nothing
+        if value is not None and len(value) >= HEADER.size:
+            _, biased, _, _, found_schema = header(value)
+            if found_schema == schema:
+                event = biased - SIGN_BIT
+                state, row = (PRESENT, decode(value)) if event >= oldest_us else (OUTSIDE_MAX_AGE, nothing)
+        states.append(state)
+        event_us.append(event)
+        rows.append(row)
+    columns = [list(column) for column in zip(*rows, strict=True)] if rows else [[] for _ in nothing]
+    return _Found(states, event_us, columns)

@@ -1,0 +1,470 @@
+"""Rows → Redis: the guarded write, its errors, and what is checked before it.
+
+Calls of one Lua script carry up to 500 rows each, several in flight on one connection. The script writes a row only
+where its version (generation, event time, created time, build) is greater than the stored one, so writes may be
+repeated, reordered and run side by side: the store ends the same.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import time
+import zlib
+from collections import deque
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from datetime import timedelta
+from typing import TYPE_CHECKING, Any, cast
+
+import redis
+from redis.backoff import ExponentialBackoff, NoBackoff
+from redis.retry import Retry
+
+from spark_fs.errors import InvalidError, SparkFSError, translate
+from spark_fs.online.codec import ONLINE_SLOTS, key_prefix
+from spark_fs.spec import Column, ViewSpec
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+#: More rows gain nothing and hold up readers; Lua's ``unpack`` ends at some 8,000 values anyway.
+CALL_ROWS = 500
+#: Wide rows: a call is cut at this many bytes of keys and values, so that none occupies the server for long.
+CALL_BYTES = 256 * 1024
+#: A longer key or value is refused: it would hold up every reader of the server.
+MAX_VALUE_BYTES = 512 * 1024
+#: Calls sent and not yet answered: enough to keep the server busy while the next rows are encoded.
+CALLS_IN_FLIGHT = 16
+#: Rows encoded at once are cut at so many bytes; it bounds memory beside the batch itself.
+ENCODE_BYTES = 4 * 1024 * 1024
+#: Tries in a row without one answer before a write gives up; with the growing pause between them some 6 seconds.
+MAX_FAILURES = 7
+OLDEST_SERVER = (6, 2)
+
+# The version is compared as six unsigned 32-bit words: doubles are exact there, and text compare would follow the
+# locale. MGET answers nil for a key of another type; EXISTS over the absent ones, one cheap call, finds those before
+# they are overwritten; a value shorter than a header (28 bytes) is not ours either. All checks come before the first
+# write: a call is refused as a whole or done as a whole.
+SCRIPT = b"""
+local rows, ttl_ms = #KEYS, tonumber(ARGV[#KEYS + 1])
+local stored, absent = redis.call('MGET', unpack(KEYS)), {}
+for i = 1, rows do
+  if not stored[i] then absent[#absent + 1] = KEYS[i] elseif #stored[i] < 28 then return i end
+end
+if #absent > 0 and redis.call('EXISTS', unpack(absent)) > 0 then
+  for i = 1, rows do
+    local kind = redis.call('TYPE', KEYS[i]).ok
+    if kind ~= 'none' and kind ~= 'string' then return i end
+  end
+end
+local words = struct.unpack
+local function difference(new, old)
+  local a1, a2, a3, a4, a5, a6 = words('>I4I4I4I4I4I4', new)
+  local b1, b2, b3, b4, b5, b6 = words('>I4I4I4I4I4I4', old)
+  if a1 ~= b1 then return a1 - b1 end
+  if a2 ~= b2 then return a2 - b2 end
+  if a3 ~= b3 then return a3 - b3 end
+  if a4 ~= b4 then return a4 - b4 end
+  if a5 ~= b5 then return a5 - b5 end
+  return a6 - b6
+end
+local applied, equal, stale, expired = 0, 0, 0, 0
+local winner, writes, last = {}, {}, 0
+for i = 1, rows do
+  local key, new = KEYS[i], ARGV[i]
+  local old = winner[key] or stored[i]
+  local order = old and difference(new, old) or 1
+  if order > 0 then
+    winner[key] = new
+    applied = applied + 1
+    writes[last + 1], writes[last + 2] = key, new
+    last = last + 2
+  elseif order == 0 then
+    equal = equal + 1
+  else
+    stale = stale + 1
+  end
+end
+if not ttl_ms then
+  if last > 0 then redis.call('MSET', unpack(writes)) end
+  return {applied, equal, stale, expired}
+end
+local clock = redis.call('TIME')
+local now_ms = clock[1] * 1000 + clock[2] / 1000
+for i = 1, last, 2 do
+  local high, low = words('>I4I4', writes[i + 1], 5)
+  local expires_ms = math.ceil(((high - 2147483648) * 4294967296 + low) / 1000) + ttl_ms + 1
+  if expires_ms > now_ms then
+    redis.call('SET', writes[i], writes[i + 1], 'PXAT', string.format('%.0f', expires_ms))
+  else
+    redis.call('DEL', writes[i])
+    applied, expired = applied - 1, expired + 1
+  end
+end
+return {applied, equal, stale, expired}
+"""
+
+
+@dataclass(frozen=True, slots=True)
+class OnlineTarget:
+    """Where and how the rows of one view version are written; small, and survives pickling to the executors.
+
+    ``url`` is ``redis://``, ``rediss://`` or ``unix://`` and is left out of the repr, for it may hold a password.
+    With a ``ttl`` Redis drops a row once its event time + ttl has passed; that is clean-up only, for readers judge
+    the ttl themselves.
+    """
+
+    url: str = field(repr=False)
+    prefix: bytes
+    features: tuple[Column, ...]
+    generation: int = 1
+    ttl: timedelta | None = None
+    socket_timeout_seconds: float = 10.0
+
+    @classmethod
+    def of(cls, url: str, view: ViewSpec, *, generation: int = 1, socket_timeout_seconds: float = 10.0) -> OnlineTarget:
+        """The target of a view version's rows."""
+        return cls(url, key_prefix(view), view.features, generation, view.ttl or None, socket_timeout_seconds)
+
+
+@dataclass(frozen=True, slots=True)
+class WriteCounts:
+    """What became of the rows of a write: ``rows = applied + equal + stale + expired``.
+
+    applied: written, for they were newer; equal: the same version was there; stale: a newer one was there; expired:
+    newer, but event time + ttl had passed, so they are not kept and neither is what they replace. ``bytes``: keys and
+    values sent.
+    """
+
+    applied: int = 0
+    equal: int = 0
+    stale: int = 0
+    expired: int = 0
+    bytes: int = 0
+
+    @property
+    def rows(self) -> int:
+        """All rows of the write."""
+        return self.applied + self.equal + self.stale + self.expired
+
+    def __add__(self, other: WriteCounts) -> WriteCounts:
+        return WriteCounts(
+            self.applied + other.applied,
+            self.equal + other.equal,
+            self.stale + other.stale,
+            self.expired + other.expired,
+            self.bytes + other.bytes,
+        )
+
+
+def write_batches(batches: Iterator[pa.RecordBatch], target: OnlineTarget) -> WriteCounts:
+    """Write rows where they are newer than what is stored; runs in a Spark executor or any process.
+
+    Each batch, of any size, has ``_key`` (key bytes), ``event_timestamp``, ``created_timestamp`` (may be null),
+    ``_build`` and the target's features by name. A key may occur many times, in any order: the greatest version
+    stays. Returns when the server has confirmed every row; memory is bounded by a batch.
+
+    A lost connection, a server that is loading, busy or read-only, and a lost script are retried for some seconds;
+    repeated rows then count as equal. Raises SFS-608 for a key or value above 512 KB, SFS-609 for unfit rows, SFS-610
+    for a key of another program, and redis-py's errors as they are (``errors.translate`` knows them). After an error
+    any part of the rows may be written; writing them again is safe.
+    """
+    with _Writer(target) as writer:
+        for batch in batches:
+            for part in _parts(batch):
+                for call in _calls(part, target):
+                    writer.send(call)
+        return writer.finish()
+
+
+# ---- rows → calls
+
+
+@dataclass(frozen=True, slots=True)
+class _Call:
+    """One run of the script: ``arguments`` are the keys and values framed as Redis wants them, ``size`` their bytes bare."""
+
+    rows: int
+    arguments: bytes
+    size: int
+    keys: Any
+    by_text: bool = False  # with the text of the script in place of its hash
+
+
+_BY_HASH = b"$7\r\nEVALSHA\r\n$40\r\n%b\r\n" % hashlib.sha1(SCRIPT, usedforsecurity=False).hexdigest().encode()
+_BY_TEXT = b"$4\r\nEVAL\r\n$%d\r\n%b\r\n" % (len(SCRIPT), SCRIPT)
+
+
+def _bulk(value: bytes) -> bytes:
+    return b"$%d\r\n%b\r\n" % (len(value), value)
+
+
+def _packed(call: _Call) -> bytes:
+    """The command as it goes to the server: the script's hash or text, the number of keys, the arguments."""
+    count = 2 * call.rows + 4
+    return b"".join([b"*%d\r\n" % count, _BY_TEXT if call.by_text else _BY_HASH, _bulk(b"%d" % call.rows), call.arguments])
+
+
+def _parts(batch: pa.RecordBatch) -> Iterator[pa.RecordBatch]:
+    """The batch in pieces of about ENCODE_BYTES."""
+    rows = max(1, ENCODE_BYTES * batch.num_rows // max(1, batch.nbytes))
+    for start in range(0, batch.num_rows, rows):
+        yield batch.slice(start, rows)
+
+
+def _calls(batch: pa.RecordBatch, target: OnlineTarget) -> Iterator[_Call]:
+    """The rows as calls of the script, in their order: ≤ CALL_ROWS rows and about CALL_BYTES each."""
+    import numpy as np  # numpy and pyarrow are needed to write only: reading does without
+    import pyarrow as pa
+
+    from spark_fs.online import encode
+
+    values = encode.encode_values(batch, target.features, target.generation)
+    keys = encode.encode_keys(batch)
+    # One C call per key, 0.07 µs: cheaper than a table-driven CRC in numpy, whose cost grows with each byte of the
+    # longest key.
+    tags = np.fromiter(map(zlib.crc32, keys.to_pylist()), np.uint32, len(keys)) % ONLINE_SLOTS
+    heads = pa.array([b"%b{%d}:" % (target.prefix, tag) for tag in range(ONLINE_SLOTS)], pa.large_binary())
+    names = encode.join(heads.take(pa.array(tags)), keys)
+    sizes = [np.diff(encode.offsets(column)) for column in (names, values)]
+    _refuse_oversized(keys, sizes)
+    ends = np.cumsum(sizes[0] + sizes[1])
+    framed = [_framed(column) for column in (names, values)]
+    buffers = [memoryview(encode.data(column)) for column in framed]
+    cuts = [encode.offsets(column) for column in framed]
+    tail = _bulk(b"%d" % -(-target.ttl // timedelta(milliseconds=1)) if target.ttl else b"")
+    start, done = 0, 0
+    while start < len(keys):
+        stop = min(start + CALL_ROWS, len(keys), max(start + 1, int(np.searchsorted(ends, done + CALL_BYTES, "right"))))
+        pieces = [buffer[cut[start] : cut[stop]] for buffer, cut in zip(buffers, cuts, strict=True)]
+        yield _Call(stop - start, b"".join([*pieces, tail]), int(ends[stop - 1]) - done, keys.slice(start, stop - start))
+        start, done = stop, int(ends[stop - 1])
+
+
+def _framed(column: pa.LargeBinaryArray) -> pa.LargeBinaryArray:
+    """Each row as a Redis bulk string: ``$<length>`` line, bytes, line end."""
+    import pyarrow as pa
+    import pyarrow.compute as pc
+
+    from spark_fs.online import encode
+
+    lengths = pc.binary_length(column).cast(pa.large_string()).cast(pa.large_binary())
+    end = encode.literal(b"\r\n")
+    return encode.join(encode.literal(b"$"), lengths, end, column, end)
+
+
+def _refuse_oversized(keys: Any, sizes: list[Any]) -> None:
+    for what, lengths in zip(("key", "value"), sizes, strict=True):
+        if len(lengths) and lengths.max() > MAX_VALUE_BYTES:
+            worst = int(lengths.argmax())
+            raise InvalidError.of(
+                "SFS-608",
+                f"The {what} of entity {_shown(keys[worst].as_py())} takes {lengths[worst]:,} bytes online; "
+                f"at most {MAX_VALUE_BYTES:,} are allowed.",
+                why="One such row would hold up every reader of the server.",
+                fix="keep large values elsewhere and store a reference, or leave the feature out of the online store",
+            )
+
+
+def _shown(key: bytes) -> str:
+    """A key as a message may show it: escaped and short."""
+    text = repr(key)[1:]
+    return text if len(text) <= 80 else f"{text[:80]}…"
+
+
+# ---- calls → server
+
+
+class _Writer:
+    """One connection with a bounded queue of unanswered calls; any of them may be sent again."""
+
+    def __init__(self, target: OnlineTarget) -> None:
+        self._target = target
+        pool = _pool(target.url, target.socket_timeout_seconds, Retry(NoBackoff(), 0))
+        self._connection: Any = pool.make_connection()  # Any: redis-py leaves its methods untyped
+        self._unanswered: deque[_Call] = deque()
+        self._counts = WriteCounts()
+        self._failures = 0
+
+    def __enter__(self) -> _Writer:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._connection.disconnect()
+
+    def send(self, call: _Call) -> None:
+        """Send a call; waits for the oldest answer while too many are open."""
+        while len(self._unanswered) >= CALLS_IN_FLIGHT:
+            self._receive()
+        self._transmit(call)
+
+    def finish(self) -> WriteCounts:
+        """Wait for all answers."""
+        while self._unanswered:
+            self._receive()
+        return self._counts
+
+    def _transmit(self, call: _Call) -> None:
+        self._unanswered.append(call)
+        try:
+            self._connection.send_packed_command([_packed(call)])
+        except redis.RedisError as error:
+            self._start_over(error)
+
+    def _receive(self) -> None:
+        try:
+            reply = self._connection.read_response()
+        except redis.exceptions.NoScriptError:
+            # The text of the script loads it again; only this call went unserved.
+            call = self._unanswered.popleft()
+            self._transmit(_Call(call.rows, call.arguments, call.size, call.keys, by_text=True))
+            return
+        except redis.RedisError as error:
+            self._start_over(error)
+            return
+        call = self._unanswered.popleft()
+        self._failures = 0
+        if isinstance(reply, int):
+            raise self._foreign_key(call, reply)
+        applied, equal, stale, expired = reply
+        self._counts += WriteCounts(applied, equal, stale, expired, call.size)
+
+    def _start_over(self, error: redis.RedisError) -> None:
+        """Connect anew and send all unanswered calls again, with growing pauses; raises what waiting cannot mend."""
+        while _is_transient(error) and self._failures < MAX_FAILURES:
+            self._connection.disconnect()
+            time.sleep(0.05 * 2**self._failures)
+            self._failures += 1
+            try:
+                self._connection.connect()
+                for call in self._unanswered:
+                    self._connection.send_packed_command([_packed(call)])
+                return
+            except redis.RedisError as again:
+                error = again
+        raise error
+
+    def _foreign_key(self, call: _Call, position: int) -> SparkFSError:
+        return InvalidError.of(
+            "SFS-610",
+            f"The online key of entity {_shown(call.keys[position - 1].as_py())} of {self._target.prefix.decode()} "
+            "holds something that spark_fs did not write.",
+            why="Nothing of this call was written.",
+            fix="give spark_fs a database or a project name of its own, or delete the key",
+        )
+
+
+def _is_transient(error: redis.RedisError) -> bool:
+    if isinstance(error, (redis.AuthenticationError, redis.exceptions.AuthorizationError)):
+        return False
+    passing = (
+        redis.ConnectionError,
+        redis.TimeoutError,
+        redis.exceptions.ReadOnlyError,
+        redis.exceptions.TryAgainError,
+        redis.exceptions.ClusterDownError,
+    )
+    return isinstance(error, passing) or str(error).startswith("BUSY ")
+
+
+# ---- connections, checks, removal
+
+
+def _pool(url: str, socket_timeout_seconds: float, retry: Retry) -> redis.ConnectionPool:
+    try:
+        return redis.ConnectionPool.from_url(
+            url,
+            protocol=2,
+            socket_timeout=socket_timeout_seconds,
+            socket_connect_timeout=min(socket_timeout_seconds, 5.0),
+            retry=retry,
+        )
+    except (ValueError, TypeError):
+        # The text of the error may hold a piece of the password, so it is neither shown nor chained.
+        raise InvalidError.of(
+            "SFS-614",
+            "online.url is no address of a Redis server.",
+            fix="write redis://host:6379/0, rediss://user:password@host:6379/0, unix:///path/to/socket or embedded",
+        ) from None
+
+
+def open_client(url: str, *, socket_timeout_seconds: float = 5.0) -> redis.Redis:
+    """A client with a connection pool, for any number of threads; connects when first used. Raises SFS-614."""
+    return redis.Redis(connection_pool=_pool(url, socket_timeout_seconds, Retry(ExponentialBackoff(cap=0.2, base=0.02), 2)))
+
+
+@contextmanager
+def redis_errors() -> Iterator[None]:
+    """Redis-py's errors inside become ours where we have something to add, chained to theirs."""
+    try:
+        yield
+    except redis.RedisError as error:
+        ours = translate(error)
+        if ours is None:
+            raise
+        raise ours from error
+
+
+@dataclass(frozen=True, slots=True)
+class ServerReport:
+    """What a server says about itself; bytes, ``max_bytes`` 0 for no limit. ``kind`` is ``redis`` or ``valkey``."""
+
+    kind: str
+    version: str
+    mode: str
+    maxmemory_policy: str
+    used_bytes: int
+    max_bytes: int
+
+
+def check_server(url: str, *, socket_timeout_seconds: float = 5.0) -> ServerReport:
+    """Ask a server what it is, before anything is written to it.
+
+    Raises SFS-604 for a server older than 6.2 and for one that silently drops features when full (any ``maxmemory-policy``
+    but ``noeviction`` under a memory limit), SFS-601 where it cannot be reached, SFS-602 where it refuses the login.
+    """
+    with redis_errors(), open_client(url, socket_timeout_seconds=socket_timeout_seconds) as client:
+        info = cast("dict[str, Any]", client.info())
+    kind = "valkey" if "valkey_version" in info else "redis"
+    report = ServerReport(
+        kind=kind,
+        version=str(info[f"{kind}_version"]),
+        mode=str(info.get("server_mode") or info.get("redis_mode", "standalone")),
+        maxmemory_policy=str(info.get("maxmemory_policy", "noeviction")),
+        used_bytes=int(info["used_memory"]),
+        max_bytes=int(info.get("maxmemory", 0)),
+    )
+    if tuple(int(part) for part in str(info["redis_version"]).split(".")[:2]) < OLDEST_SERVER:
+        raise InvalidError.of(
+            "SFS-604", f"The online store is Redis {report.version}; 6.2 or newer is needed.", fix="upgrade the server"
+        )
+    if report.max_bytes and report.maxmemory_policy != "noeviction":
+        raise InvalidError.of(
+            "SFS-604",
+            f"The online store drops features when full: its maxmemory-policy is {report.maxmemory_policy}.",
+            why="An evicted feature looks like one that never was, and no error tells of it.",
+            fix="set maxmemory-policy noeviction on the server",
+        )
+    return report
+
+
+def delete_prefix(url: str, prefix: bytes, *, socket_timeout_seconds: float = 10.0) -> int:
+    """Remove all rows of one view version (``codec.key_prefix``); returns how many keys were removed.
+
+    Walks through the whole database without blocking it and touches no other key. Rows written meanwhile may survive.
+    Raises ValueError for a prefix that is not one of a view version.
+    """
+    if not prefix.endswith(b":") or len(prefix) < 2:
+        raise ValueError(f"{prefix!r} is not the key prefix of a view version")
+    escaped = b"".join(b"\\%c" % byte if byte in b"*?[]^\\" else b"%c" % byte for byte in prefix)
+    removed = 0
+    with redis_errors(), open_client(url, socket_timeout_seconds=socket_timeout_seconds) as client:
+        cursor = 0
+        while True:
+            found: tuple[int, list[bytes]] = cast("Any", client.scan(cursor, match=escaped + b"{*", count=5_000))
+            cursor, keys = found
+            if keys:
+                removed += cast("int", client.unlink(*keys))
+            if cursor == 0:
+                return removed

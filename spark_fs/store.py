@@ -1,0 +1,379 @@
+"""FeatureStore: what a notebook or a job uses; each method hands on to the module that does the work."""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from datetime import datetime, timedelta, timezone
+from functools import cached_property
+from html import escape
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from spark_fs.config import load_environment
+from spark_fs.errors import (
+    InvalidError,
+    PartlyDoneError,
+    Problem,
+    SparkFSError,
+    did_you_mean,
+    translate,
+    without_secrets,
+)
+from spark_fs.intervals import BEGINNING, Interval, missing
+from spark_fs.plan import Plan, apply_plan, make_plan
+from spark_fs.registry import Registry, State, Watermark
+from spark_fs.repo import Repository, load
+from spark_fs.spec import Selection, ServiceSpec, ViewSpec, merge_selections, select
+
+if TYPE_CHECKING:
+    import pandas
+    from pyspark.sql import DataFrame, SparkSession
+
+    from spark_fs.build import BuildResult
+    from spark_fs.definitions import FeatureService
+    from spark_fs.materialize import MaterializeResult
+    from spark_fs.offline.datasets import Dataset, OfflineStore, RetrievalJob
+    from spark_fs.online.read import OnlineReader, OnlineResponse
+
+R = TypeVar("R")
+
+
+class FeatureStore:
+    """One project in one environment.
+
+    ``repo_path`` is the folder with ``conf/`` and ``feature_repo/``; ``env`` names conf/<env>.yml (default: $SPARK_FS_ENV,
+    else ``local``). ``spark`` is used where given, else the active session, else one is started when first needed; a
+    session that was there is never changed or stopped.
+    """
+
+    def __init__(self, repo_path: str | Path = ".", env: str | None = None, spark: SparkSession | None = None) -> None:
+        self.environment = load_environment(repo_path, env)
+        self._given_spark = spark
+
+    @property
+    def project(self) -> str:
+        """The project's name."""
+        return self.environment.config.project
+
+    @cached_property
+    def registry(self) -> Registry:
+        """The applied definitions and the record of what was done."""
+        return Registry(self.environment.registry_url, self.project)
+
+    @cached_property
+    def spark(self) -> SparkSession:
+        """The Spark session; started when first used if there was none."""
+        from spark_fs.session import get_session
+
+        return self._given_spark or get_session(self.environment)
+
+    # Definitions.
+
+    def load_repository(self) -> Repository:
+        """The definitions in feature_repo/, checked. Raises InvalidError with all problems."""
+        return load(self.environment.feature_repo, self.project)
+
+    def plan(self) -> Plan:
+        """What ``apply`` would change; changes nothing."""
+        return make_plan(self.registry.state(), self.load_repository())
+
+    def apply(self, plan: Plan | None = None) -> Plan:
+        """Carry out a plan (default: a new one) and return it. ConflictError if the registry has moved since it was made."""
+        plan = plan or self.plan()
+        apply_plan(plan, self.registry)
+        return plan
+
+    # Feature tables.
+
+    def build(
+        self, views: Iterable[str] | None = None, start: datetime | None = None, end: datetime | None = None
+    ) -> list[BuildResult]:
+        """Bring feature tables up to ``end`` (exclusive; default: now), or rebuild ``[start, end)`` where a start is given.
+
+        A view whose source has drifted or cannot be read is refused before anything of it is written, with all its
+        problems. It does not stop the others: PartlyDoneError then holds their results.
+        """
+        from spark_fs.build import build_interval, intervals_to_build
+
+        now = datetime.now(timezone.utc)
+        allowed = timedelta(seconds=self.environment.config.build.max_future_seconds)
+        buckets = self.environment.config.offline.buckets
+
+        def build_one(view: ViewSpec) -> list[BuildResult]:
+            todo = intervals_to_build(self.registry.built(view), start, end, now, allowed)
+            frame, table = self._offline.computed(view), self._offline.table(view)
+            return [
+                build_interval(self.registry, table, frame, interval, buckets=buckets, latest=now + allowed)
+                for interval in todo
+            ]
+
+        chosen = _choose(self.registry.state(), views)
+        return [result for results in self._each("build", chosen, build_one) for result in results]
+
+    def missing(self, views: Iterable[str] | None = None, end: datetime | None = None) -> dict[str, list[Interval]]:
+        """The intervals up to ``end`` (default: now) that no build has covered yet, by view."""
+        whole = Interval(BEGINNING, end or datetime.now(timezone.utc))
+        return {v.reference: missing(whole, self.registry.built(v)) for v in _choose(self.registry.state(), views)}
+
+    # Training sets.
+
+    def get_historical_features(
+        self,
+        entity_df: DataFrame | pandas.DataFrame | str,
+        features: Sequence[str] | str | FeatureService,
+        *,
+        full_feature_names: bool = False,
+        known_at: bool = False,
+    ) -> RetrievalJob:
+        """The features as they were at each row's ``event_timestamp``; see ``RetrievalJob``. Wrong names are refused now.
+
+        ``entity_df``: a Spark or pandas DataFrame, SQL text, a path (Delta or Parquet) or a table name, with the join keys and
+        ``event_timestamp``. ``features``: ``["view:feature", "view@2:feature"]`` or a service. With ``known_at`` a value counts
+        only from its created time on.
+        """
+        from spark_fs.offline.datasets import RetrievalJob
+        from spark_fs.offline.spines import read_spine
+
+        selections = self.resolve_features(features)
+        spine, origin = read_spine(self.spark, entity_df, self.environment.resolve)
+        return RetrievalJob(self._offline, spine, origin, selections, full_feature_names=full_feature_names, known_at=known_at)
+
+    def get_dataset(self, name: str, version: int | None = None) -> Dataset:
+        """A saved training dataset (default: its newest version)."""
+        from pyspark.sql import SparkSession
+
+        from spark_fs.offline.datasets import Dataset
+
+        manifest = self.registry.require_dataset(name, version)
+        return Dataset(manifest, self._given_spark or SparkSession.getActiveSession())
+
+    # Online.
+
+    def materialize(self, start: datetime, end: datetime, views: Iterable[str] | None = None) -> list[MaterializeResult]:
+        """Publish the newest row of each key with an event time in ``[start, end)``; builds what is missing of it first."""
+        return self._materialize(Interval(start, end), views, incremental=False)
+
+    def materialize_incremental(
+        self, end: datetime | None = None, views: Iterable[str] | None = None
+    ) -> list[MaterializeResult]:
+        """Publish what is new since the last incremental run, up to ``end`` (exclusive; default: now); builds first."""
+        return self._materialize(Interval(BEGINNING, end or datetime.now(timezone.utc)), views, incremental=True)
+
+    def get_online_features(
+        self,
+        features: Sequence[str] | str | FeatureService,
+        entity_rows: Sequence[Mapping[str, Any]] | Mapping[str, Sequence[Any]],
+        *,
+        full_feature_names: bool = False,
+    ) -> OnlineResponse:
+        """The newest published values for each entity row, in one round trip; never starts Spark."""
+        return self._reader.read(self.resolve_features(features), entity_rows, full_feature_names=full_feature_names)
+
+    def resolve_features(self, features: Sequence[str] | str | FeatureService) -> list[Selection]:
+        """The views and features that a request names; InvalidError with every name that is not known."""
+        state = self.registry.state()
+        if not isinstance(features, str) and not isinstance(features, Sequence):
+            features = features.name
+        if isinstance(features, str):
+            return _service_selections(state, state.require_service(features))
+        selections: list[Selection] = []
+        problems: list[Problem] = []
+        for reference in features:
+            try:
+                selections.append(_reference_selection(state, reference))
+            except InvalidError as error:
+                problems += error.problems
+        if problems:
+            raise InvalidError(*problems)
+        return merge_selections(selections)
+
+    def online_url(self) -> str:
+        """The online store's address; starts the embedded server if that is what the environment uses."""
+        online = self.environment.config.online
+        if online.url != "embedded":
+            return online.url
+        from spark_fs.online import server
+
+        return server.start(self.environment.state_dir, port=online.port).url
+
+    def destroy(self, view: str, version: int | None = None) -> dict[str, Any]:
+        """Delete the feature table and online values of a view version that is neither current nor used by a service."""
+        from spark_fs.offline.tables import delete_folder, feature_table_path
+        from spark_fs.online.codec import key_prefix
+        from spark_fs.online.redis_store import delete_prefix
+
+        state = self.registry.state()
+        newest = max((n for name, n in state.versions if name == view), default=None)
+        spec = state.require_view(view, version or newest)
+        _refuse_in_use(state, spec)
+        keys = delete_prefix(self.online_url(), key_prefix(spec))
+        path = feature_table_path(self.environment.offline_root, spec)
+        deleted = delete_folder(path)
+        self.registry.forget_builds(spec)
+        return {"view": spec.reference, "online_keys": keys, "feature_table": path if deleted else None}
+
+    # What the methods above share.
+
+    @cached_property
+    def _reader(self) -> OnlineReader:
+        from spark_fs.online.read import OnlineReader
+
+        return OnlineReader(self.online_url(), socket_timeout_seconds=self.environment.config.online.timeout_seconds)
+
+    @cached_property
+    def _offline(self) -> OfflineStore:
+        from spark_fs.offline.datasets import OfflineStore
+
+        environment = self.environment
+        return OfflineStore(self.spark, self.registry, environment.offline_root, self._transform, environment.resolve)
+
+    @cached_property
+    def _repository(self) -> Repository:
+        return self.load_repository()
+
+    def _transform(self, view: ViewSpec) -> Callable[[DataFrame], DataFrame] | None:
+        """The function of a view that has one, from the repository, if it is still the one that was applied."""
+        if view.transformation is None or view.transformation.kind != "python":
+            return None
+        declared = self._repository.views.get(view.name)
+        if declared is None or declared.transformation is None or declared.transformation.digest != view.transformation.digest:
+            raise InvalidError.of(
+                "SFS-405",
+                f"The function of feature view '{view.reference}' is not the one that was applied.",
+                why=f"It was applied from {view.transformation.function}; the registry keeps its text, but never runs it.",
+                fix="apply the repository, or run where the repository is as it was applied",
+            )
+        return self._repository.functions[view.name]
+
+    def _each(self, kind: str, views: Sequence[ViewSpec], act: Callable[[ViewSpec], R]) -> list[R]:
+        """Do one thing for each view; failures are collected, each run is noted in the registry."""
+        results: list[R] = []
+        failures: list[SparkFSError] = []
+        for view in views:
+            try:
+                with self._run(kind, view.reference) as note:
+                    result = act(view)
+                    note.append(result)
+                results.append(result)
+            except Exception as error:  # noqa: BLE001  # whatever stops one view must not stop the others
+                failures.append(_of_view(view, error))
+        problems = [problem for failure in failures for problem in failure.problems]
+        if failures and not results:
+            raise type(failures[0])(*problems)
+        if failures:
+            raise PartlyDoneError(*problems, results=results)
+        return results
+
+    @contextmanager
+    def _run(self, kind: str, subject: str) -> Iterator[list[Any]]:
+        run_id, note = uuid.uuid4().hex[:12], []  # type: tuple[str, list[Any]]
+        self.registry.begin_run(run_id, kind, subject)
+        try:
+            yield note
+        except BaseException as error:
+            state = "failed" if isinstance(error, Exception) else "interrupted"
+            self.registry.finish_run(run_id, state, {"error": str(translate(error) or type(error).__name__)})
+            raise
+        done = note[0] if isinstance(note[0], list) else [note[0]]
+        self.registry.finish_run(run_id, "done", {"results": [result.to_json() for result in done]})
+
+    def _materialize(self, interval: Interval, views: Iterable[str] | None, *, incremental: bool) -> list[MaterializeResult]:
+        from spark_fs.materialize import materialize_view
+        from spark_fs.online.redis_store import OnlineTarget, check_server
+
+        chosen = _choose(self.registry.state(), views, online=True)
+        url, timeout = self.online_url(), self.environment.config.online.timeout_seconds
+        check_server(url, socket_timeout_seconds=timeout)
+        self._build_missing(chosen, interval)
+
+        def publish(view: ViewSpec) -> MaterializeResult:
+            since = self.registry.watermark(view) if incremental else None
+            target = OnlineTarget.of(url, view, socket_timeout_seconds=timeout)
+            result = materialize_view(self._offline.table(view), target, interval, since)
+            if incremental:
+                self.registry.set_watermark(view, Watermark(result.table_version, interval.end))
+            return result
+
+        return self._each("materialize", chosen, publish)
+
+    def _build_missing(self, views: Sequence[ViewSpec], interval: Interval) -> None:
+        """Build what of the interval no build has covered; for views that were never built, from the beginning."""
+        unbuilt = {v.reference: missing(interval, self.registry.built(v)) for v in views}
+        stale = [view.name for view in views if unbuilt[view.reference]]
+        if stale:
+            self.build(stale, end=interval.end)
+
+    def __repr__(self) -> str:
+        return f"FeatureStore(project={self.project!r}, env={self.environment.name!r}, registry={self.registry!r})"
+
+    def _repr_html_(self) -> str:
+        state = self.registry.state()
+        rows = "".join(
+            f"<tr><td>{escape(v.reference)}</td><td>{escape(', '.join(v.key_names))}</td><td>{len(v.features)}</td>"
+            f"<td>{escape(v.description)}</td></tr>"
+            for v in state.views.values()
+        )
+        head = "<tr><th>feature view</th><th>join keys</th><th>features</th><th>description</th></tr>"
+        return (
+            f"<b>{escape(self.project)}</b> ({escape(self.environment.name)}), serial {state.serial}<table>{head}{rows}</table>"
+        )
+
+
+def _choose(state: State, names: Iterable[str] | None, *, online: bool = False) -> list[ViewSpec]:
+    """The named views, else all current ones and the older versions that services still use."""
+    if names is not None:
+        parsed = [name.partition("@") for name in names]
+        chosen = [state.require_view(name, int(version) if version else None) for name, _, version in parsed]
+        offline_only = [view.name for view in chosen if online and not view.online]
+        if offline_only:
+            raise InvalidError.of("SFS-605", f"Not for online use: {', '.join(offline_only)}.", fix="set online=True and apply")
+        return chosen
+    pinned = [state.versions[(item.view, item.version)] for service in state.services.values() for item in service.views]
+    every = {view.reference: view for view in (*state.views.values(), *pinned)}
+    if not every:
+        raise InvalidError.of("SFS-303", "No feature views are applied yet.", fix="run spark-fs apply")
+    return [view for view in every.values() if view.online or not online]
+
+
+def _reference_selection(state: State, reference: str) -> Selection:
+    view, _, feature = reference.partition(":")
+    name, _, version = view.partition("@")
+    if not feature or (version and not version.isdigit()):
+        raise InvalidError.of(
+            "SFS-511",
+            f"'{reference}' does not name a feature.",
+            why=did_you_mean(reference, [f"{v.name}:{f}" for v in state.views.values() for f in v.feature_names]),
+            fix="write view:feature or view@2:feature; a service is given by its name alone, not in a list",
+        )
+    return select(state.require_view(name, int(version) if version else None), [feature])
+
+
+def _service_selections(state: State, service: ServiceSpec) -> list[Selection]:
+    return merge_selections(
+        select(state.require_view(item.view, item.version), item.features, item.alias, item.join_key_map)
+        for item in service.views
+    )
+
+
+def _refuse_in_use(state: State, spec: ViewSpec) -> None:
+    users = [
+        s.name for s in state.services.values() for item in s.views if (item.view, item.version) == (spec.name, spec.version)
+    ]
+    if state.views.get(spec.name) == spec or users:
+        by = f"service {', '.join(users)}" if users else "the repository"
+        raise InvalidError.of(
+            "SFS-310", f"Feature view '{spec.reference}' is in use by {by}.", fix="remove it there and apply first"
+        )
+
+
+def _of_view(view: ViewSpec, error: Exception) -> SparkFSError:
+    """The failure of one view among others, naming it."""
+    ours = translate(error)
+    if ours is None:
+        why = without_secrets(next(iter(str(error).strip().splitlines()), type(error).__name__))
+        fix = "the whole error is in the log; run the same command again to resume"
+        ours = SparkFSError.of("SFS-701", "The job failed.", why=why, fix=fix)
+    return type(ours)(*(replace(problem, what=f"{view.reference}: {problem.what}") for problem in ours.problems))

@@ -1,0 +1,69 @@
+"""Fixtures that several test folders share. Spark starts only when a test asks for it."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+
+if TYPE_CHECKING:
+    from pyspark.sql import SparkSession
+
+ROOT = Path(__file__).parents[1]
+
+
+def delta_jars() -> list[str]:
+    """The jars of Delta Lake: of the folder named by SPARK_FS_JARS, else of the project's own folder."""
+    folder = Path(os.environ.get("SPARK_FS_JARS", ROOT / ".spark_fs" / "jars"))
+    return [str(jar) for jar in sorted(folder.glob("*.jar"))]
+
+
+@pytest.fixture(scope="session")
+def spark(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SparkSession]:
+    """One real Spark with real Delta for the whole run, writing into a scratch folder."""
+    from pyspark.sql import SparkSession
+
+    jars = delta_jars()
+    if not jars:
+        pytest.fail("no Delta jars in .spark_fs/jars; fetch them first or set SPARK_FS_JARS to the folder that has them")
+    scratch = tmp_path_factory.mktemp("spark")
+    os.environ["PYSPARK_PYTHON"] = sys.executable  # else workers start whichever python is first on the path
+    session = (
+        SparkSession.Builder()
+        .master("local[2]")
+        .appName("spark_fs tests")
+        .config("spark.jars", ",".join(jars))
+        .config("spark.sql.extensions", "io.delta.sql.DeltaSparkSessionExtension")
+        .config("spark.sql.catalog.spark_catalog", "org.apache.spark.sql.delta.catalog.DeltaCatalog")
+        # Tables, shuffle files and Derby stay in the scratch folder: nothing is left in the tree.
+        .config("spark.sql.warehouse.dir", str(scratch / "warehouse"))
+        .config("spark.local.dir", str(scratch / "local"))
+        .config("spark.driver.extraJavaOptions", f"-Dderby.system.home={scratch}")
+        # Not UTC on purpose: results must not depend on the session, and UTC would hide where they do.
+        .config("spark.sql.session.timeZone", "America/New_York")
+        .config("spark.sql.parquet.outputTimestampType", "TIMESTAMP_MICROS")  # INT96 has no statistics to prune by
+        .config("spark.sql.shuffle.partitions", "2")  # tiny data: the default of 200 is 200 empty tasks a shuffle
+        .config("spark.databricks.delta.snapshotPartitions", "1")  # the same for Delta's log (default 50)
+        .config("spark.sql.maxMetadataStringLength", "2000")  # a plan's text names every filter pushed to a scan
+        .config("spark.driver.memory", "2g")
+        .config("spark.driver.host", "127.0.0.1")  # no look-up of the machine's name, which may not resolve
+        .config("spark.ui.enabled", "false")  # no port taken, runs may go side by side
+        .config("spark.ui.showConsoleProgress", "false")
+        .getOrCreate()
+    )
+    session.sparkContext.setLogLevel("ERROR")  # warnings about tiny windows without keys bury a failure's text
+    yield session
+    session.stop()
+
+
+@pytest.fixture
+def session_zone(spark: SparkSession, request: pytest.FixtureRequest) -> Iterator[str]:
+    """The session time zone given as parameter; put back afterwards."""
+    before = str(spark.conf.get("spark.sql.session.timeZone"))
+    spark.conf.set("spark.sql.session.timeZone", request.param)
+    yield request.param
+    spark.conf.set("spark.sql.session.timeZone", before)
