@@ -412,7 +412,7 @@ def _key_value(name: str, value: str, type_: ValueType) -> Any:
     try:
         return type_.from_text(value)
     except ValueError as error:
-        raise InvalidError.of("SFS-607", f"'{name}={value}' is no {type_}.", why=f"{error}.") from error
+        raise InvalidError.of("SFS-606", f"'{name}={value}' is no {type_}.", why=f"{error}.") from error
 
 
 @main.command()
@@ -471,7 +471,7 @@ def _show_online(context: click.Context, verb: str, output: str) -> None:
     if configured.url != "embedded":
         if verb != "status":
             raise InvalidError.of(
-                "SFS-606",
+                "SFS-620",
                 "The online store of this environment is not the embedded one.",
                 why=f"online.url is {without_secrets(configured.url)}.",
             )

@@ -112,6 +112,8 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
     return f"{hint}Known: {listed or 'none'}."
 
 
+#: One of our own errors inside the text of another: what a Spark executor raised reaches the driver so.
+_OURS_IN_TEXT = re.compile(r"\[(SFS-\d{3})\] ([^\n]+)")
 _SECRET_IN_URL = re.compile(r"(?<=://)[^/@\s]*@")
 
 
@@ -182,6 +184,9 @@ _FOREIGN: tuple[tuple[str, str, Callable[[BaseException], SparkFSError]], ...] =
     ("redis", "NOAUTH", _redis_refused_login),
     ("redis", "NoPermissionError", _redis_refused_login),
     ("redis", "OutOfMemoryError", _redis_out_of_memory),
+    ("redis", "BusyLoadingError", _redis_unreachable),
+    ("redis", "ReadOnlyError", _redis_unreachable),
+    ("redis", "BUSY ", _redis_unreachable),
     ("redis", "ConnectionError", _redis_unreachable),
     ("redis", "TimeoutError", _redis_unreachable),
     ("", "No space left on device", _disk_full),
@@ -198,12 +203,15 @@ _FOREIGN: tuple[tuple[str, str, Callable[[BaseException], SparkFSError]], ...] =
 def translate(error: BaseException) -> SparkFSError | None:
     """Our error for a foreign one (Redis, Spark, the disk, the database), or None where we have nothing to add.
 
-    Looks along the chain of causes; imports none of the foreign libraries. The caller chains it: ``raise ours from error``.
+    Looks along the chain of causes, and for our own errors in the text of Spark's; imports none of the foreign libraries.
+    The caller chains it: ``raise ours from error``.
     """
     seen: BaseException | None = error
     while seen is not None:
         if isinstance(seen, SparkFSError):
             return seen
+        if (told := _OURS_IN_TEXT.search(str(seen))) is not None:
+            return SparkFSError.of(told.group(1), told.group(2))
         kind = type(seen)
         for module, mark, build in _FOREIGN:
             if kind.__module__.startswith(module) and (mark == kind.__name__ or mark in str(seen)):

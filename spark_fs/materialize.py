@@ -15,7 +15,7 @@ from pyspark.sql import functions as F
 from spark_fs.intervals import Interval, text, to_micros
 from spark_fs.offline.compute import key_bytes, within
 from spark_fs.offline.tables import FeatureTable, observed
-from spark_fs.online.redis_store import OnlineTarget, WriteCounts, write_batches
+from spark_fs.online.redis_store import OnlineTarget, WriteCounts, redis_errors, write_batches
 from spark_fs.registry import Watermark
 from spark_fs.spec import ViewSpec
 
@@ -109,5 +109,7 @@ def write_online(rows: DataFrame, target: OnlineTarget) -> WriteCounts:
 def _write_partition(batches: Iterator[pyarrow.RecordBatch], target: OnlineTarget) -> Iterator[pyarrow.RecordBatch]:
     import pyarrow
 
-    counts = write_batches(batches, target)
+    # Raised as ours here: the driver sees only the text of what happened in an executor.
+    with redis_errors():
+        counts = write_batches(batches, target)
     yield pyarrow.RecordBatch.from_pylist([{name: getattr(counts, name) for name in _COUNTS}])
