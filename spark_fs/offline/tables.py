@@ -12,6 +12,7 @@ from typing import Any
 from delta.tables import DeltaTable
 from py4j.protocol import Py4JJavaError
 from pyspark.sql import Column, DataFrame, Observation, SparkSession
+from pyspark.sql.types import DataType, IntegerType, StructType
 
 from spark_fs.config import resolve_variables
 from spark_fs.errors import InvalidError, SparkFSError, translate
@@ -113,24 +114,27 @@ class FeatureTable:
     def create(self, buckets: int) -> None:
         """Create the empty table; nothing happens if it exists. ``buckets`` is fixed from then on."""
         builder = DeltaTable.createIfNotExists(self.spark).location(self.path).partitionedBy("_bucket")
-        for key in self.view.keys:
-            builder = builder.addColumn(key.name, key.type.spark)
-        builder = builder.addColumn("event_timestamp", "timestamp").addColumn("created_timestamp", "timestamp")
-        for feature in self.view.features:
-            builder = builder.addColumn(feature.name, feature.type.spark)
-        builder = builder.addColumn("_build", "int").addColumn("_bucket", "int")
+        builder = builder.addColumns(self._schema(buckets))
         # Statistics on keys and times only: they prune files, those of hundreds of features would only cost.
         indexed = ",".join([*self.view.key_names, "event_timestamp", "created_timestamp", "_build"])
-        properties = {**_PROPERTIES, "delta.dataSkippingStatsColumns": indexed, "spark_fs.buckets": str(buckets)}
+        properties = {**_PROPERTIES, "delta.dataSkippingStatsColumns": indexed}
         for name, value in {**properties, "spark_fs.view": self.view.reference}.items():
             builder = builder.property(name, value)
         builder.execute()
 
+    def _schema(self, buckets: int) -> StructType:
+        columns = [(column.name, column.type.spark) for column in self.view.keys]
+        columns += [("event_timestamp", "timestamp"), ("created_timestamp", "timestamp")]
+        columns += [(column.name, column.type.spark) for column in self.view.features]
+        schema = StructType()
+        for name, spark_type in (*columns, ("_build", "int")):
+            schema.add(name, DataType.fromDDL(spark_type))
+        # The number stands with the column that it explains: reading a schema costs no job, a table's properties do.
+        return schema.add("_bucket", IntegerType(), metadata={"buckets": buckets})
+
     def buckets(self) -> int:
-        """The number of buckets it was created with."""
-        detail = DeltaTable.forPath(self.spark, self.path).detail().select("properties").first()
-        assert detail is not None  # the detail of a table is one row
-        return int(detail["properties"]["spark_fs.buckets"])
+        """The number of buckets it was created with. Starts no job."""
+        return int(self.read().schema["_bucket"].metadata["buckets"])
 
     def version(self) -> int:
         """The newest version of the table."""

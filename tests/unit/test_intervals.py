@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from datetime import datetime, timedelta, timezone
+from zoneinfo import ZoneInfo
 
 import pytest
 from hypothesis import given
@@ -24,7 +25,8 @@ def ticks(intervals) -> set[int]:
 
 
 intervals = st.tuples(st.integers(0, 30), st.integers(1, 10)).map(lambda pair: Interval(at(pair[0]), at(pair[0] + pair[1])))
-instants = st.datetimes(min_value=datetime(1, 1, 2), max_value=datetime(9999, 12, 30), timezones=st.timezones())
+zones = st.sampled_from([ZoneInfo(name) for name in ("UTC", "America/New_York", "Asia/Kathmandu", "Pacific/Kiritimati")])
+instants = st.datetimes(min_value=datetime(1, 1, 3), max_value=datetime(9999, 12, 29), timezones=zones)
 
 
 @given(st.lists(intervals, max_size=8))
@@ -83,20 +85,20 @@ def test_an_interval_reads_as_half_open():
 
 @given(instants)
 def test_the_text_of_an_instant_reads_back_exactly(instant):
-    """To the microsecond, from any time zone."""
-    assert parse_instant(text(instant)) == instant
+    """To the microsecond, from any time zone, hours shown twice included."""
+    assert parse_instant(text(instant)) == instant.astimezone(UTC)
 
 
 @given(instants)
 def test_microseconds_read_back_exactly(instant):
     """Also before 1970, and far beyond what a double holds."""
-    assert from_micros(to_micros(instant)) == instant
+    assert from_micros(to_micros(instant)) == instant.astimezone(UTC)
 
 
-@given(instants, st.integers(1, 10**15))
-def test_microseconds_keep_the_order_and_the_distance(instant, distance):
-    """The codec and the build compare them as numbers."""
-    assert to_micros(instant) - to_micros(instant - timedelta(microseconds=distance % 1000)) == distance % 1000
+@given(instants, instants)
+def test_microseconds_keep_the_order_of_instants(one, other):
+    """The codec and the build compare them as numbers; zones play no part."""
+    assert (to_micros(one) < to_micros(other)) == (one.astimezone(UTC) < other.astimezone(UTC))
 
 
 def test_microseconds_count_from_1970_and_are_negative_before():
