@@ -1,15 +1,14 @@
 """How fast the window as-of join is beside Feast's plan shape on the same data, Spark and run.
 
-    python benchmarks/bench_asof_window.py [--spine-rows N] [--view-rows N N] [--keys N] [--runs N] …
+    python -m benchmarks.bench_asof_window [--spine-rows N] [--view-rows N N] [--keys N] [--runs N] …
 
-Prints one JSON line per figure: {"name", "value", "unit", "target", "met"}; target and met are null for plain readings.
+Prints one JSON line per figure; exits 1 where the target is missed.
 Runs alternate and medians are compared, so that a busy machine slows both sides alike. Data goes to a temporary folder.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import sys
 import tempfile
@@ -18,10 +17,11 @@ from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
 
-from feast_shape import feast_shaped_join
 from pyspark.sql import DataFrame, SparkSession
 from pyspark.sql import functions as F
 
+from benchmarks.feast_shape import feast_shaped_join
+from benchmarks.report import Report, spark_session
 from spark_fs.offline.asof import AsofView, execute, plan_asof, spine_stats
 
 KEY = "user_id"
@@ -29,29 +29,33 @@ HISTORY_SECONDS = 60 * 86_400
 DOUBLES = 5
 
 
-def main() -> None:
+def main() -> int:
     """Write the data, run both joins in turns, print the figures."""
     arguments = _parse(sys.argv[1:])
     ttl = timedelta(days=arguments.ttl_days) if arguments.ttl_days else None
     with tempfile.TemporaryDirectory() as folder:
-        spark = _session(arguments, Path(folder))
+        partitions = arguments.shuffle_partitions
+        spark = spark_session(Path(folder), "bench_asof_window", memory=arguments.memory, partitions=partitions)
         try:
             spine, frames = _data(spark, arguments, Path(folder))
             window = _timed(lambda: _window_join(spine, frames, ttl))
             feast = _timed(lambda: feast_shaped_join(spine, frames, KEY, {name: _features(name) for name in frames}, ttl))
-            seconds: dict[str, list[float]] = {"window": [], "feast": []}
+            seconds: dict[str, list[float]] = {"window": [], "feast_shape": []}
             for run in range(arguments.runs + 1):  # run 0 warms the JVM and the page cache and is not counted
-                for name, join in (("window", window), ("feast", feast)):
+                for name, join in (("window", window), ("feast_shape", feast)):
                     took = join()
                     print(f"run {run} {name} {took:.1f} s", file=sys.stderr)
                     if run:
                         seconds[name].append(took)
         finally:
             spark.stop()
-    medians = {name: statistics.median(values) for name, values in seconds.items()}
-    _report("asof_window_seconds", medians["window"], "s")
-    _report("asof_feast_shape_seconds", medians["feast"], "s")
-    _report("asof_window_speedup_over_feast_shape", medians["feast"] / medians["window"], "x", at_least=arguments.target)
+    report = Report()
+    for name, taken in seconds.items():
+        report.figure(f"asof_{name}_seconds", statistics.median(taken), "s", spread=(min(taken), max(taken)))
+    ratios = [theirs / ours for ours, theirs in zip(seconds["window"], seconds["feast_shape"], strict=True)]
+    spread = (min(ratios), max(ratios))
+    report.figure("asof_window_vs_feast_shape", statistics.median(ratios), "x", spread=spread, at_least=arguments.target)
+    return report.exit_code
 
 
 def _parse(argv: list[str]) -> argparse.Namespace:
@@ -65,21 +69,6 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--memory", default="8g")
     parser.add_argument("--target", type=float, default=2.0, help="the least speed-up that counts as met")
     return parser.parse_args(argv)
-
-
-def _session(arguments: argparse.Namespace, folder: Path) -> SparkSession:
-    return (
-        SparkSession.Builder()
-        .master("local[2]")
-        .appName("bench_asof_window")
-        .config("spark.driver.memory", arguments.memory)
-        .config("spark.sql.shuffle.partitions", arguments.shuffle_partitions)
-        .config("spark.local.dir", str(folder / "scratch"))  # shuffle files vanish with the folder
-        .config("spark.sql.session.timeZone", "UTC")
-        .config("spark.ui.enabled", "false")
-        .config("spark.ui.showConsoleProgress", "false")
-        .getOrCreate()
-    )
 
 
 def _data(spark: SparkSession, arguments: argparse.Namespace, folder: Path) -> tuple[DataFrame, dict[str, DataFrame]]:
@@ -141,10 +130,5 @@ def _timed(join: Callable[[], DataFrame]) -> Callable[[], float]:
     return run
 
 
-def _report(name: str, value: float, unit: str, at_least: float | None = None) -> None:
-    met = None if at_least is None else value >= at_least
-    print(json.dumps({"name": name, "value": round(value, 3), "unit": unit, "target": at_least, "met": met}))
-
-
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

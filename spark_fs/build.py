@@ -25,6 +25,7 @@ class BuildResult:
 
     ``rows_read`` counts the view's rows from the source; of them ``null_keys`` and ``null_times`` were set aside (no table
     can hold them), ``future`` lie past what may be built yet, ``ties_dropped`` lost a tie, ``rows_written`` are in the table.
+    ``unchanged``: nothing was read, for the source is as it was and had nothing as late as this.
     """
 
     view: str
@@ -38,6 +39,7 @@ class BuildResult:
     future: int
     ties_dropped: int
     seconds: float
+    unchanged: bool = False
 
     def to_json(self) -> dict[str, Any]:
         """The result as JSON values."""
@@ -67,8 +69,33 @@ def intervals_to_build(
     return [Interval(start, end)]
 
 
+def note_unchanged(registry: Registry, view: ViewSpec, interval: Interval, source_state: str | None) -> BuildResult | None:
+    """Note the interval as built without reading anything, where nothing can be in it; None where something might be.
+
+    Nothing can be in it if the source is in the state in which the last build read it (see ``tables.source_state``), that
+    build saw no row past its own end, and the interval begins there.
+    """
+    last = registry.last_build(view)
+    if last is None or source_state is None or last.details.get("source_state") != source_state:
+        return None
+    if last.details.get("beyond") != 0 or last.interval.end != interval.start:
+        return None
+    build, version = registry.begin_build(view, interval), last.details["table_version"]
+    result = BuildResult(view.reference, interval, build, version, *(0,) * 6, 0.0, unchanged=True)
+    details = {**result.to_json(), "source_state": source_state, "beyond": 0}
+    registry.finish_build(view, build, "done", details)
+    return result
+
+
 def build_interval(
-    registry: Registry, table: FeatureTable, frame: DataFrame, interval: Interval, *, buckets: int, latest: datetime
+    registry: Registry,
+    table: FeatureTable,
+    frame: DataFrame,
+    interval: Interval,
+    *,
+    buckets: int,
+    latest: datetime,
+    source_state: str | None = None,
 ) -> BuildResult:
     """Replace one interval of the feature table by the rows of ``frame`` (see ``compute.feature_frame``), in one commit.
 
@@ -105,7 +132,8 @@ def build_interval(
         ties_dropped=counts["inside"] - written,
         seconds=round(time.monotonic() - began, 3),
     )
-    registry.finish_build(view, build, "done", result.to_json())
+    details = {**result.to_json(), "source_state": source_state, "beyond": counts["beyond"]}
+    registry.finish_build(view, build, "done", details)
     return result
 
 
@@ -119,5 +147,6 @@ def _counts(view: ViewSpec, interval: Interval, latest: datetime) -> list[Any]:
         F.count_if(no_key).alias("null_keys"),
         F.count_if(~no_key & event.isNull()).alias("null_times"),
         F.count_if(event >= F.timestamp_micros(F.lit(to_micros(latest)))).alias("future"),
+        F.count_if(event >= F.timestamp_micros(F.lit(to_micros(interval.end)))).alias("beyond"),
         F.count_if(inside).alias("inside"),
     ]

@@ -89,7 +89,7 @@ def _submit(context: click.Context, job: str, arguments: Iterable[str], output: 
         if print_only:
             click.echo(str(command))
             return ExitCode.OK
-        sys.exit(command.run())
+        sys.exit(command.run_job())
 
     _exit(context, act)
 

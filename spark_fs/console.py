@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from typing import TYPE_CHECKING, Any
 
 from spark_fs.errors import ExitCode, PartlyDoneError, SparkFSError, translate
 
 if TYPE_CHECKING:
     from pyspark.sql import SparkSession
+
+#: Names the file that takes a job's results in place of stdout; set by ``submit.SubmitCommand.run_job``.
+RESULTS_VARIABLE = "SPARK_FS_RESULTS"
 
 _POLL_SECONDS = 0.5
 
@@ -78,7 +82,8 @@ def say(text: str) -> None:
 def run(act: Callable[[], ExitCode | None], *, debug: bool = False) -> int:
     """Do something for a command and return its exit code; errors are printed on stderr, with traces only for ``debug``."""
     try:
-        return int(act() or ExitCode.OK)
+        with _results():
+            return int(act() or ExitCode.OK)
     except KeyboardInterrupt:
         say("Interrupted; what was finished is kept, and the same command resumes.")
         return ExitCode.INTERRUPTED
@@ -92,6 +97,17 @@ def run(act: Callable[[], ExitCode | None], *, debug: bool = False) -> int:
             ours = SparkFSError.of("SFS-700", "Something failed that should not.", why=f"{type(error).__name__}.")
         say(str(ours))
         return int(ours.exit_code)
+
+
+@contextmanager
+def _results() -> Iterator[None]:
+    """Results go to stdout, or to the file that the caller of a job wants them in."""
+    path = os.environ.get(RESULTS_VARIABLE)
+    if path is None:
+        yield
+        return
+    with open(path, "w", encoding="utf-8") as file, redirect_stdout(file):
+        yield
 
 
 def results_of(act: Callable[[], Sequence[Any]]) -> tuple[list[Any], SparkFSError | None]:

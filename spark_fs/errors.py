@@ -122,15 +122,22 @@ def without_secrets(text: str) -> str:
     return _SECRET_IN_URL.sub("***@", text)
 
 
-def _first_line(error: BaseException) -> str:
-    return without_secrets(next(iter(str(error).strip().splitlines()), type(error).__name__))
+#: The trace of a Python worker in the text of Spark's error; the line after its frames says what happened.
+_RAISED_IN_WORKER = re.compile(r"Traceback \(most recent call last\):\n(?:[ \t].*\n)+(\S.*)")
+
+
+def summary(error: BaseException) -> str:
+    """A foreign error in one line without secrets: what a Python worker raised, else the first line of its text."""
+    told = str(error).strip()
+    raised = _RAISED_IN_WORKER.search(told)
+    return without_secrets(raised.group(1) if raised else next(iter(told.splitlines()), type(error).__name__))
 
 
 def _redis_unreachable(error: BaseException) -> SparkFSError:
     return UnavailableError.of(
         "SFS-601",
         "The online store cannot be reached.",
-        why=_first_line(error),
+        why=summary(error),
         fix="check online.url and that the server runs (spark-fs doctor; for the embedded one: spark-fs online start)",
     )
 
@@ -139,7 +146,7 @@ def _redis_refused_login(error: BaseException) -> SparkFSError:
     return InvalidError.of(
         "SFS-602",
         "The online store refused the login.",
-        why=_first_line(error),
+        why=summary(error),
         fix="check the user and password that online.url refers to",
     )
 
@@ -148,7 +155,7 @@ def _redis_out_of_memory(error: BaseException) -> SparkFSError:
     return SparkFSError.of(
         "SFS-603",
         "The online store is full; the rows of this call were not written.",
-        why=_first_line(error),
+        why=summary(error),
         fix="raise maxmemory or materialize fewer views, then run the same command again",
     )
 
@@ -157,7 +164,7 @@ def _disk_full(error: BaseException) -> SparkFSError:
     return SparkFSError.of(
         "SFS-404",
         "The disk is full; the last commit is intact and nothing of this one is visible.",
-        why=_first_line(error),
+        why=summary(error),
         fix="free space and run the same command again",
     )
 
@@ -166,14 +173,23 @@ def _unreadable(error: BaseException) -> SparkFSError:
     return InvalidError.of(
         "SFS-401",
         "A source cannot be read.",
-        why=_first_line(error),
+        why=summary(error),
         fix="check the path, the table and the permissions",
+    )
+
+
+def _written_meanwhile(error: BaseException) -> SparkFSError:
+    return ConflictError.of(
+        "SFS-410",
+        "Another job has written the same Delta table at the same time; nothing of this one was written.",
+        why=summary(error),
+        fix="run the same command again",
     )
 
 
 def _database_unavailable(error: BaseException) -> SparkFSError:
     return UnavailableError.of(
-        "SFS-301", "The registry's database does not answer.", why=_first_line(error), fix="check registry.url"
+        "SFS-301", "The registry's database does not answer.", why=summary(error), fix="check registry.url"
     )
 
 
@@ -196,6 +212,7 @@ _FOREIGN: tuple[tuple[str, str, Callable[[BaseException], SparkFSError]], ...] =
     ("pyspark", "TABLE_OR_VIEW_NOT_FOUND", _unreadable),
     ("pyspark", "Permission denied", _unreadable),
     ("pyspark", "UNABLE_TO_INFER_SCHEMA", _unreadable),
+    ("delta.exceptions", "", _written_meanwhile),  # all of them are conflicts between writers
     ("sqlalchemy", "OperationalError", _database_unavailable),
 )
 

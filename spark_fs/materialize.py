@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from pyspark.sql import Column as SparkColumn
 from pyspark.sql import DataFrame, Observation, Window
@@ -15,14 +14,9 @@ from pyspark.sql import functions as F
 from spark_fs.intervals import Interval, text, to_micros
 from spark_fs.offline.compute import key_bytes, within
 from spark_fs.offline.tables import FeatureTable, observed
-from spark_fs.online.redis_store import OnlineTarget, WriteCounts, redis_errors, write_batches
+from spark_fs.online.redis_store import COUNTS, OnlineTarget, WriteCounts, write_partition
 from spark_fs.registry import Watermark
 from spark_fs.spec import ViewSpec
-
-if TYPE_CHECKING:
-    import pyarrow
-
-_COUNTS = ("applied", "equal", "stale", "expired", "bytes")
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,7 +63,7 @@ def materialize_view(
         interval=interval,
         table_version=version,
         rows_read=observed(read, rows, all_rows)["rows"],
-        **{name: getattr(counts, name) for name in _COUNTS},
+        **{name: getattr(counts, name) for name in COUNTS},
         seconds=round(time.monotonic() - began, 3),
     )
 
@@ -99,17 +93,8 @@ def write_online(rows: DataFrame, target: OnlineTarget) -> WriteCounts:
 
     Counts are those of the task attempts that succeeded: a retried task finds its rows equal.
     """
-    schema = ", ".join(f"{name} bigint" for name in _COUNTS)
-    parts = rows.mapInArrow(partial(_write_partition, target=target), schema)
-    totals = parts.agg(*(F.coalesce(F.sum(name), F.lit(0)).alias(name) for name in _COUNTS)).first()
+    schema = ", ".join(f"{name} bigint" for name in COUNTS)
+    parts = rows.mapInArrow(partial(write_partition, target=target), schema)
+    totals = parts.agg(*(F.coalesce(F.sum(name), F.lit(0)).alias(name) for name in COUNTS)).first()
     assert totals is not None  # an aggregate without groups has one row
     return WriteCounts(**totals.asDict())
-
-
-def _write_partition(batches: Iterator[pyarrow.RecordBatch], target: OnlineTarget) -> Iterator[pyarrow.RecordBatch]:
-    import pyarrow
-
-    # Raised as ours here: the driver sees only the text of what happened in an executor.
-    with redis_errors():
-        counts = write_batches(batches, target)
-    yield pyarrow.RecordBatch.from_pylist([{name: getattr(counts, name) for name in _COUNTS}])

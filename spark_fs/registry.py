@@ -147,6 +147,15 @@ class Change:
 
 
 @dataclass(frozen=True, slots=True)
+class Build:
+    """A finished build: its number, its interval, and what was noted of it."""
+
+    build: int
+    interval: Interval
+    details: Mapping[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
 class Watermark:
     """What of a view has been published online: its table at ``table_version``, events before ``end``."""
 
@@ -326,6 +335,15 @@ class Registry:
         with self._transaction() as connection:
             rows = connection.execute(query).all()
         return merge(Interval(from_micros(start), from_micros(end)) for start, end in rows)
+
+    def last_build(self, view: ViewSpec) -> Build | None:
+        """The finished build that reached furthest, the newest of those; None without any."""
+        query = sa.select(_builds).where(self._of(_builds, view), _builds.c.state == "done")
+        with self._transaction() as connection:
+            row = connection.execute(query.order_by(_builds.c.end_us.desc(), _builds.c.build.desc()).limit(1)).one_or_none()
+        if row is None:
+            return None
+        return Build(row.build, Interval(from_micros(row.start_us), from_micros(row.end_us)), json.loads(row.details))
 
     def forget_builds(self, view: ViewSpec) -> None:
         """Forget what was built and published of a view version whose table and online values are gone."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
@@ -83,6 +84,9 @@ def get_session(environment: Environment) -> SparkSession:
 def _build(environment: Environment, conf: Mapping[str, str]) -> SparkSession:
     from pyspark.sql import SparkSession
 
+    if environment.config.spark.master.startswith("local"):
+        # A session started from Python takes its workers' interpreter from here, not from spark.pyspark.python.
+        os.environ.setdefault("PYSPARK_PYTHON", sys.executable)
     builder = SparkSession.builder.appName(f"spark_fs {environment.config.project}")
     builder = builder.master(environment.config.spark.master)
     for key, value in conf.items():

@@ -19,8 +19,8 @@ from spark_fs.errors import (
     Problem,
     SparkFSError,
     did_you_mean,
+    summary,
     translate,
-    without_secrets,
 )
 from spark_fs.intervals import BEGINNING, Interval, missing
 from spark_fs.plan import Plan, apply_plan, make_plan
@@ -96,7 +96,7 @@ class FeatureStore:
         A view whose source has drifted or cannot be read is refused before anything of it is written, with all its
         problems. It does not stop the others: PartlyDoneError then holds their results.
         """
-        from spark_fs.build import build_interval, intervals_to_build
+        from spark_fs.build import build_interval, intervals_to_build, note_unchanged
 
         now = datetime.now(timezone.utc)
         allowed = timedelta(seconds=self.environment.config.build.max_future_seconds)
@@ -104,14 +104,21 @@ class FeatureStore:
 
         def build_one(view: ViewSpec) -> list[BuildResult]:
             todo = intervals_to_build(self.registry.built(view), start, end, now, allowed)
-            frame, table = self._offline.computed(view), self._offline.table(view)
-            return [
-                build_interval(self.registry, table, frame, interval, buckets=buckets, latest=now + allowed)
-                for interval in todo
-            ]
+            # The state first: what is committed in between is then seen as new by the next build.
+            source_state = self._offline.source_state(view)
+            frame = self._offline.computed(view)
+
+            def build(interval: Interval) -> BuildResult:
+                noted = note_unchanged(self.registry, view, interval, source_state) if start is None else None
+                return noted or build_interval(
+                    self.registry, self._offline.table(view), frame, interval,
+                    buckets=buckets, latest=now + allowed, source_state=source_state,
+                )  # fmt: skip
+
+            return [build(interval) for interval in todo]
 
         chosen = _choose(self.registry.state(), views)
-        return [result for results in self._each("build", chosen, build_one) for result in results]
+        return self._each("build", chosen, build_one)
 
     def missing(self, views: Iterable[str] | None = None, end: datetime | None = None) -> dict[str, list[Interval]]:
         """The intervals up to ``end`` (default: now) that no build has covered yet, by view."""
@@ -248,16 +255,15 @@ class FeatureStore:
             )
         return self._repository.functions[view.name]
 
-    def _each(self, kind: str, views: Sequence[ViewSpec], act: Callable[[ViewSpec], R]) -> list[R]:
+    def _each(self, kind: str, views: Sequence[ViewSpec], act: Callable[[ViewSpec], list[R]]) -> list[R]:
         """Do one thing for each view; failures are collected, each run is noted in the registry."""
         results: list[R] = []
         failures: list[SparkFSError] = []
         for view in views:
             try:
-                with self._run(kind, view.reference) as note:
-                    result = act(view)
-                    note.append(result)
-                results.append(result)
+                with self._run(kind, view.reference) as done:
+                    done += act(view)
+                results += done
             except Exception as error:  # noqa: BLE001  # whatever stops one view must not stop the others
                 failures.append(_of_view(view, error))
         problems = [problem for failure in failures for problem in failure.problems]
@@ -269,15 +275,15 @@ class FeatureStore:
 
     @contextmanager
     def _run(self, kind: str, subject: str) -> Iterator[list[Any]]:
-        run_id, note = uuid.uuid4().hex[:12], []  # type: tuple[str, list[Any]]
+        """Note a run; the block puts its results into the list."""
+        run_id, done = uuid.uuid4().hex[:12], []  # type: tuple[str, list[Any]]
         self.registry.begin_run(run_id, kind, subject)
         try:
-            yield note
+            yield done
         except BaseException as error:
             state = "failed" if isinstance(error, Exception) else "interrupted"
             self.registry.finish_run(run_id, state, {"error": str(translate(error) or type(error).__name__)})
             raise
-        done = note[0] if isinstance(note[0], list) else [note[0]]
         self.registry.finish_run(run_id, "done", {"results": [result.to_json() for result in done]})
 
     def _materialize(self, interval: Interval, views: Iterable[str] | None, *, incremental: bool) -> list[MaterializeResult]:
@@ -287,24 +293,22 @@ class FeatureStore:
         chosen = _choose(self.registry.state(), views, online=True)
         url, timeout = self.online_url(), self.environment.config.online.timeout_seconds
         check_server(url, socket_timeout_seconds=timeout)
-        self._build_missing(chosen, interval)
 
-        def publish(view: ViewSpec) -> MaterializeResult:
+        def publish(view: ViewSpec) -> list[MaterializeResult]:
+            self._build_missing(view, interval)
             since = self.registry.watermark(view) if incremental else None
             target = OnlineTarget.of(url, view, socket_timeout_seconds=timeout)
             result = materialize_view(self._offline.table(view), target, interval, since)
             if incremental:
                 self.registry.set_watermark(view, Watermark(result.table_version, interval.end))
-            return result
+            return [result]
 
         return self._each("materialize", chosen, publish)
 
-    def _build_missing(self, views: Sequence[ViewSpec], interval: Interval) -> None:
-        """Build what of the interval no build has covered; for views that were never built, from the beginning."""
-        unbuilt = {v.reference: missing(interval, self.registry.built(v)) for v in views}
-        stale = [view.name for view in views if unbuilt[view.reference]]
-        if stale:
-            self.build(stale, end=interval.end)
+    def _build_missing(self, view: ViewSpec, interval: Interval) -> None:
+        """Build all up to the interval's end if no build has covered some of the interval."""
+        if missing(interval, self.registry.built(view)):
+            self.build([view.reference], end=interval.end)
 
     def __repr__(self) -> str:
         return f"FeatureStore(project={self.project!r}, env={self.environment.name!r}, registry={self.registry!r})"
@@ -373,7 +377,8 @@ def _of_view(view: ViewSpec, error: Exception) -> SparkFSError:
     """The failure of one view among others, naming it."""
     ours = translate(error)
     if ours is None:
-        why = without_secrets(next(iter(str(error).strip().splitlines()), type(error).__name__))
         fix = "the whole error is in the log; run the same command again to resume"
-        ours = SparkFSError.of("SFS-701", "The job failed.", why=why, fix=fix)
-    return type(ours)(*(replace(problem, what=f"{view.reference}: {problem.what}") for problem in ours.problems))
+        ours = SparkFSError.of("SFS-701", "The job failed.", why=summary(error), fix=fix)
+    prefix = f"{view.reference}: "  # there already where a step of the same view has failed
+    named = (replace(problem, what=prefix + problem.what.removeprefix(prefix)) for problem in ours.problems)
+    return type(ours)(*named)

@@ -5,20 +5,26 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import os
+import re
 import shlex
 import subprocess
 import sys
-from collections.abc import Sequence
+import tempfile
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from spark_fs.config import Environment
+from spark_fs.console import RESULTS_VARIABLE
 from spark_fs.errors import InvalidError
 from spark_fs.intervals import parse_instant
 from spark_fs.session import spark_conf
 
 #: Settings of the JVM that must be known before it starts; they have switches of their own.
 _SWITCHES = {"spark.driver.memory": "--driver-memory"}
+#: Settings that hold secrets, by the words that Spark too goes by (spark.redaction.regex).
+_SECRET = re.compile(r"secret|password|token|access[.]?key", re.IGNORECASE)
+_STDERR = 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,8 +38,25 @@ class SubmitCommand:
 
     def run(self) -> int:
         """Run it and return its exit code. Ctrl-C reaches the job itself, which cleans up; we wait for it."""
-        environment = {**os.environ, "PYSPARK_PYTHON": sys.executable, "PYSPARK_DRIVER_PYTHON": sys.executable}
-        with subprocess.Popen(self.argv, env=environment) as process:
+        return self._wait()
+
+    def run_job(self) -> int:
+        """Run one of our jobs: as ``run``, with its results on stdout and all else on stderr.
+
+        spark-submit sends what a Python driver says on stderr to stdout. So the results take a way of their own, a file
+        (``console.run`` writes it), and what comes out on stdout goes to stderr.
+        """
+        with tempfile.TemporaryDirectory(prefix="spark-fs-") as folder:
+            results = Path(folder, "results")
+            code = self._wait({RESULTS_VARIABLE: str(results)}, stdout=_STDERR)
+            if results.is_file():
+                sys.stdout.write(results.read_text(encoding="utf-8"))
+        return code
+
+    def _wait(self, variables: Mapping[str, str] | None = None, stdout: int | None = None) -> int:
+        python = {"PYSPARK_PYTHON": sys.executable, "PYSPARK_DRIVER_PYTHON": sys.executable}
+        environment = {**os.environ, **python, **(variables or {})}
+        with subprocess.Popen(self.argv, env=environment, stdout=stdout) as process:
             while True:
                 try:
                     return process.wait()
@@ -52,7 +75,9 @@ def job_file(job: str) -> Path:
 def submit_command(environment: Environment, file: Path | str, arguments: Sequence[str]) -> SubmitCommand:
     """The command that runs a PySpark file with the environment's Spark settings.
 
-    Uses $SPARK_HOME where set, else the installed pyspark. Raises InvalidError SFS-702 if there is neither.
+    Settings that hold secrets are left out, for anyone on the machine may read a command line; a session that the file
+    starts by ``FeatureStore(…).spark``, as our jobs do, has them. Uses $SPARK_HOME where set, else the installed pyspark.
+    Raises InvalidError SFS-702 if there is neither.
     """
     spark = environment.config.spark
     argv = [_spark_submit(), "--master", spark.master, "--deploy-mode", spark.deploy_mode]
@@ -63,6 +88,8 @@ def submit_command(environment: Environment, file: Path | str, arguments: Sequen
         options = conf.get("spark.driver.extraJavaOptions", "")
         conf["spark.driver.extraJavaOptions"] = f"{options} -Dlog4j2.configurationFile={log4j.as_uri()}".strip()
     for key, value in sorted(conf.items()):
+        if _SECRET.search(key):
+            continue
         argv += [_SWITCHES[key], value] if key in _SWITCHES else ["--conf", f"{key}={value}"]
     return SubmitCommand((*argv, str(file), *arguments))
 

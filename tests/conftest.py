@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 from collections.abc import Iterator
@@ -10,16 +11,36 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from spark_fs.errors import UnavailableError
+from spark_fs.jars import Jar, fetch, paths
+
 if TYPE_CHECKING:
     from pyspark.sql import SparkSession
 
 ROOT = Path(__file__).parents[1]
+
+#: What only tests need: the driver to read PostgreSQL as a user's source.
+_JDBC = [
+    Jar(
+        "org.postgresql:postgresql:42.7.8",
+        1_116_727,
+        "2a32a9dcbc42d67a50ad3a0de5efd102c8d2be46720045f2cbd6689f160ab7c7",
+    )
+]
 
 
 def delta_jars() -> list[str]:
     """The jars of Delta Lake: of the folder named by SPARK_FS_JARS, else of the project's own folder."""
     folder = Path(os.environ.get("SPARK_FS_JARS", ROOT / ".spark_fs" / "jars"))
     return [str(jar) for jar in sorted(folder.glob("*.jar"))]
+
+
+def jdbc_jars() -> list[str]:
+    """The PostgreSQL driver, fetched once; none without the network, so that only the tests which need it fail."""
+    folder = ROOT / ".spark_fs" / "test-jars"
+    with contextlib.suppress(UnavailableError):
+        fetch(folder, jars=_JDBC)
+    return [str(jar) for jar in paths(folder, _JDBC)]
 
 
 @pytest.fixture(scope="session")
@@ -36,7 +57,7 @@ def spark(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SparkSession]:
         SparkSession.Builder()
         .master("local[2]")
         .appName("spark_fs tests")
-        .config("spark.jars", ",".join(jars))
+        .config("spark.jars", ",".join([*jars, *jdbc_jars()]))
         .config("spark.sql.extensions", "io.delta.sql.DeltaSparkSessionExtension")
         .config("spark.sql.catalog.spark_catalog", "org.apache.spark.sql.delta.catalog.DeltaCatalog")
         # Tables, shuffle files and Derby stay in the scratch folder: nothing is left in the tree.

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from textwrap import dedent
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+
+import pyarrow as pa
+from deltalake import write_deltalake
 
 from spark_fs import FeatureStore
 
@@ -48,3 +52,12 @@ def write(file: Path, text: str) -> None:
     """Write a text file, with the folders that it needs; the text may be indented as the code around it."""
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text(dedent(text), encoding="utf-8")
+
+
+def write_delta(path: Path, columns: Mapping[str, pa.DataType], rows: Iterable[Sequence[Any]]) -> str:
+    """Write the rows as the next version of a Delta table, columns replaced too, and return its path. Needs no Spark."""
+    names = list(columns)
+    records = [dict(zip(names, row, strict=True)) for row in rows]
+    table = pa.Table.from_pylist(records, schema=pa.schema(list(columns.items())))
+    write_deltalake(str(path), table, mode="overwrite", schema_mode="overwrite")
+    return str(path)

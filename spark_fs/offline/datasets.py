@@ -27,6 +27,7 @@ from spark_fs.offline.tables import (
     observed,
     read_dataset,
     read_source,
+    source_state,
     write_dataset,
     write_text,
 )
@@ -58,9 +59,15 @@ class OfflineStore:
 
     def computed(self, view: ViewSpec) -> DataFrame:
         """The view's rows straight from its source; the same rows as a feature table built from it would hold."""
-        path = self.resolve(view.source.path) if view.source.path else None
-        source = read_source(self.spark, view.source, path)
+        source = read_source(self.spark, view.source, self._location(view))
         return feature_frame(view, source, self.transforms(view))
+
+    def source_state(self, view: ViewSpec) -> str | None:
+        """A text that differs whenever the rows of the view's source may; None where that cannot be told cheaply."""
+        return source_state(self.spark, view.source, self._location(view))
+
+    def _location(self, view: ViewSpec) -> str | None:
+        return self.resolve(view.source.path) if view.source.path else None
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,17 +117,20 @@ class RetrievalJob:
         plan_asof(self._views({}), spine.dtypes, known_at=known_at)
 
     def to_spark_df(self) -> DataFrame:
-        """The spine's columns in order, then the features: one row per spine row, in no particular order. Lazy."""
-        frames = {selection.alias: self._frame(selection) for selection in self._selections}
-        return execute(self.plan, self._spine, frames)
+        """The spine's columns in order, then the features: one row per spine row, in no particular order. Lazy.
+
+        Always the same frame: tables, and sources in Delta, stay at the versions that were the newest at the first call.
+        """
+        return self._joined
 
     def to_df(self) -> pandas.DataFrame:
-        """The result as a pandas DataFrame, in this process's memory."""
-        return self.to_spark_df().toPandas()
+        """The result as a pandas DataFrame, in this process's memory; timestamps with time zone UTC."""
+        return self.to_arrow().to_pandas()
 
     def to_arrow(self) -> pyarrow.Table:
-        """The result as an Arrow table, in this process's memory."""
-        return self.to_spark_df().toArrow()
+        """The result as an Arrow table, in this process's memory; timestamps with time zone UTC."""
+        found = self.to_spark_df().toArrow()
+        return found.cast(_in_utc(found.schema))
 
     def to_polars(self) -> polars.DataFrame:
         """The result as a polars DataFrame, in this process's memory."""
@@ -133,6 +143,11 @@ class RetrievalJob:
     def explain(self) -> str:
         """How the join will run, and why: per view where its rows come from, what is pruned, what is shuffled."""
         return str(self.plan)
+
+    @cached_property
+    def _joined(self) -> DataFrame:
+        frames = {selection.alias: self._frame(selection) for selection in self._selections}
+        return execute(self.plan, self._spine, frames)
 
     @cached_property
     def plan(self) -> AsofPlan:
@@ -258,6 +273,18 @@ class RetrievalJob:
             f"<b>Training set</b>, not run yet; spine: {escape(self._spine_source)} ({spine})"
             f"<table><tr><th>feature</th><th>type</th><th>view</th></tr>{rows}</table>"
         )
+
+
+def _in_utc(schema: pyarrow.Schema) -> pyarrow.Schema:
+    """The schema with instants shown in UTC, where Spark shows them in its session's zone."""
+    import pyarrow as pa
+
+    def in_utc(kind: pa.DataType) -> pa.DataType:
+        if pa.types.is_timestamp(kind) and kind.tz is not None:
+            return pa.timestamp(kind.unit, tz="UTC")
+        return pa.list_(in_utc(kind.value_type)) if pa.types.is_list(kind) else kind
+
+    return pa.schema([column.with_type(in_utc(column.type)) for column in schema], metadata=schema.metadata)
 
 
 def _register(registry: Registry, content: Mapping[str, Any]) -> dict[str, Any]:

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import pyarrow
 from pyspark.sql import DataFrame, SparkSession
 
 from spark_fs.errors import InvalidError, translate
@@ -33,7 +34,8 @@ def read_spine(spark: SparkSession, entity_df: Any, resolve: Callable[[str], str
             raise InvalidError.of("SFS-512", "The entity DataFrame cannot be read.", why=why, where=entity_df) from error
     if hasattr(entity_df, "dtypes") and hasattr(entity_df, "itertuples"):
         _check_pandas(entity_df)
-        return spark.createDataFrame(entity_df), "pandas DataFrame"
+        # By way of Arrow, whatever the session's settings: without it instants go through the session's local time.
+        return spark.createDataFrame(pyarrow.Table.from_pandas(entity_df, preserve_index=False)), "pandas DataFrame"
     raise InvalidError.of(
         "SFS-512",
         f"A {type(entity_df).__name__} cannot be an entity DataFrame.",

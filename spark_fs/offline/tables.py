@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import PurePosixPath
 from typing import Any
 
 from delta.tables import DeltaTable
 from py4j.protocol import Py4JJavaError
+from pyarrow import fs
 from pyspark.sql import Column, DataFrame, Observation, SparkSession
 from pyspark.sql.types import DataType, IntegerType, StructType
 
 from spark_fs.config import resolve_variables
-from spark_fs.errors import InvalidError, SparkFSError, translate
+from spark_fs.errors import InvalidError, SparkFSError, translate, without_secrets
 from spark_fs.intervals import BEGINNING, Interval, text
 from spark_fs.spec import SourceSpec, ViewSpec
 
@@ -24,6 +27,15 @@ _PROPERTIES = {
     "delta.enableDeletionVectors": "false",
     "delta.columnMapping.mode": "none",
     "delta.checkpointPolicy": "classic",
+}
+
+#: Options with which a reader does not take clock times to be in the session's zone: text without a zone is UTC, and a
+#: database's column without one stays so, for the source to declare its zone.
+_NO_SESSION_ZONE = {
+    "csv": {"timeZone": "UTC"},
+    "json": {"timeZone": "UTC"},
+    "xml": {"timeZone": "UTC"},
+    "jdbc": {"preferTimestampNTZ": "true"},
 }
 
 #: Operations of Delta that leave the rows of a table as they are.
@@ -36,14 +48,21 @@ def read_source(spark: SparkSession, source: SourceSpec, location: str | None = 
     ``${VARIABLE}`` in options is taken from this process's environment; SFS-204 if it is not set. A source that cannot be
     read is InvalidError SFS-401.
     """
-    try:
+    with _naming(source):
         return _read(spark, source, location)
+
+
+@contextmanager
+def _naming(source: SourceSpec) -> Iterator[None]:
+    """Turn whatever goes wrong in the block into an error that names the source."""
+    try:
+        yield
     except SparkFSError:
         raise
     except Exception as error:
         ours = translate(error)
         if ours is None:
-            ours = InvalidError.of("SFS-401", "A source cannot be read.", why=str(error).strip().splitlines()[0])
+            ours = InvalidError.of("SFS-401", "A source cannot be read.", why=_why(error))
         problem = ours.problems[0]
         raise InvalidError.of(
             problem.code,
@@ -54,18 +73,27 @@ def read_source(spark: SparkSession, source: SourceSpec, location: str | None = 
         ) from error
 
 
+def _why(error: BaseException) -> str:
+    """What the error says, and what the one at its root says: a driver's own words are often only there."""
+    root = error
+    while (cause := getattr(root, "cause", None) or root.__cause__) is not None:
+        root = cause
+    lines = [next(iter(str(each).strip().splitlines()), type(each).__name__) for each in (error, root)]
+    return without_secrets(" ".join(dict.fromkeys(lines)))
+
+
 def _read(spark: SparkSession, source: SourceSpec, location: str | None) -> DataFrame:
     path = location or source.path
     options = _resolved(source)
     if source.kind == "delta":
         if source.table:
-            return spark.read.table(source.table)
+            version = _newest(DeltaTable.forName(spark, source.table))
+            return spark.read.option("versionAsOf", version).table(source.table)
         assert path is not None
         return spark.read.format("delta").option("versionAsOf", table_version(spark, path)).load(path)
     if source.kind == "file":
         schema = options.pop("schema", None)
-        # Text without a zone would be read in the session's: pinned, so that the session never changes a result.
-        reader = spark.read.format(source.format or "parquet").options(timeZone="UTC", **options)
+        reader = spark.read.format(source.format or "parquet").options(**options)
         return (reader.schema(schema) if schema else reader).load(path)
     if source.table:
         return spark.read.options(**options).table(source.table)
@@ -77,7 +105,7 @@ def _read(spark: SparkSession, source: SourceSpec, location: str | None) -> Data
 
 def _resolved(source: SourceSpec) -> dict[str, str]:
     try:
-        return {option: resolve_variables(value, os.environ) for option, value in source.options.items()}
+        given = {option: resolve_variables(value, os.environ) for option, value in source.options.items()}
     except KeyError as error:
         raise InvalidError.of(
             "SFS-204",
@@ -85,11 +113,36 @@ def _resolved(source: SourceSpec) -> dict[str, str]:
             where=source.name,
             fix=f"export {error.args[0]}=… where the job runs",
         ) from None
+    return {**_NO_SESSION_ZONE.get(source.format or "", {}), **given}
+
+
+def source_state(spark: SparkSession, source: SourceSpec, location: str | None = None) -> str | None:
+    """A text that differs whenever the source's rows may; None where that cannot be told cheaply (JDBC, queries …)."""
+    with _naming(source):
+        return _state(spark, source, location or source.path)
+
+
+def _state(spark: SparkSession, source: SourceSpec, path: str | None) -> str | None:
+    if source.kind == "delta" and path is not None:
+        return f"Delta version {table_version(spark, path)}"
+    if source.kind != "file" or path is None:
+        return None
+    system, inner = _file_system(path)
+    info = system.get_file_info(inner)
+    if info.type == fs.FileType.NotFound:
+        return None  # nothing there, or a path with wildcards
+    files = system.get_file_info(fs.FileSelector(inner, recursive=True)) if info.type == fs.FileType.Directory else [info]
+    listing = sorted(f"{file.path} {file.size} {file.mtime_ns}" for file in files)
+    return f"{len(listing)} files {hashlib.sha256(chr(10).join(listing).encode()).hexdigest()}"
 
 
 def table_version(spark: SparkSession, path: str) -> int:
     """The newest version of the Delta table at ``path``."""
-    newest = DeltaTable.forPath(spark, path).history(1).select("version").first()
+    return _newest(DeltaTable.forPath(spark, path))
+
+
+def _newest(table: DeltaTable) -> int:
+    newest = table.history(1).select("version").first()
     assert newest is not None  # a Delta table has at least one version
     return int(newest["version"])
 
@@ -215,26 +268,26 @@ def read_dataset(spark: SparkSession, path: str, version: int) -> DataFrame:
 
 def write_text(path: str, content: str) -> None:
     """Write a small text file at a local path or URI; a local one appears whole or not at all."""
-    if "://" in path:
-        from pyarrow import fs
-
-        system, inner = fs.FileSystem.from_uri(path)
-        with system.open_output_stream(inner) as stream:
-            stream.write(content.encode())
-        return
-    file = Path(path)
-    file.parent.mkdir(parents=True, exist_ok=True)
-    partial = file.with_suffix(".partial")
-    partial.write_text(content, encoding="utf-8")
-    partial.replace(file)
+    system, inner = _file_system(path)
+    system.create_dir(str(PurePosixPath(inner).parent), recursive=True)
+    partial = f"{inner}.partial"
+    with system.open_output_stream(partial) as stream:
+        stream.write(content.encode())
+    system.move(partial, inner)
 
 
 def delete_folder(path: str) -> bool:
     """Delete the folder at a local path or URI; False if there is none."""
-    from pyarrow import fs
-
-    system, inner = fs.FileSystem.from_uri(path) if "://" in path else (fs.LocalFileSystem(), path)
+    system, inner = _file_system(path)
     if system.get_file_info(inner).type == fs.FileType.NotFound:
         return False
     system.delete_dir(inner)
     return True
+
+
+def _file_system(path: str) -> tuple[fs.FileSystem, str]:
+    """The file system of a local path or URI, and the path inside it."""
+    if "://" not in path:
+        return fs.LocalFileSystem(), path
+    found, inner = fs.FileSystem.from_uri(path)
+    return found, inner

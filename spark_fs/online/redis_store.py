@@ -128,6 +128,10 @@ class OnlineTarget:
         return cls(url, key_prefix(view), view.features, generation, view.ttl or None, socket_timeout_seconds)
 
 
+#: What the server says of rows, and the bytes sent: the fields of ``WriteCounts``.
+COUNTS = ("applied", "equal", "stale", "expired", "bytes")
+
+
 @dataclass(frozen=True, slots=True)
 class WriteCounts:
     """What became of the rows of a write: ``rows = applied + equal + stale + expired``.
@@ -176,6 +180,19 @@ def write_batches(batches: Iterator[pa.RecordBatch], target: OnlineTarget) -> Wr
                 for call in _calls(part, target):
                     writer.send(call)
         return writer.finish()
+
+
+def write_partition(batches: Iterator[pa.RecordBatch], target: OnlineTarget) -> Iterator[pa.RecordBatch]:
+    """``write_batches`` as Spark's ``mapInArrow`` wants it: yields one row, the ``COUNTS``.
+
+    Errors are ours, for the driver sees only their text. It stands here so that an executor needs no more than this module
+    does: the standard library, pyarrow, numpy and redis.
+    """
+    import pyarrow as pa
+
+    with redis_errors():
+        counts = write_batches(batches, target)
+    yield pa.RecordBatch.from_pylist([{name: getattr(counts, name) for name in COUNTS}])
 
 
 # ---- rows → calls

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from spark_fs.config import Environment, load_environment, resolve_variables
-from spark_fs.errors import InvalidError
+from spark_fs.errors import InvalidError, without_secrets
 
 
 def project(root: Path, base: str = "", local: str = "") -> Path:
@@ -122,7 +122,10 @@ def test_an_unquoted_variable_may_hold_a_number_or_a_switch(tmp_path, monkeypatc
 def test_the_value_of_a_variable_is_never_read_as_yaml(tmp_path, monkeypatch):
     """Whatever it holds, it stays text."""
     monkeypatch.setenv("ODD", "{a: !!python/name:os.system } # [x]")
-    assert load_environment(project(tmp_path, "offline:\n  root: ${ODD}\n")).config.offline.root == "{a: !!python/name:os.system } # [x]"
+    assert (
+        load_environment(project(tmp_path, "offline:\n  root: ${ODD}\n")).config.offline.root
+        == "{a: !!python/name:os.system } # [x]"
+    )
 
 
 def test_every_undefined_variable_is_told_with_file_line_and_fix(tmp_path, monkeypatch):
@@ -255,6 +258,13 @@ def test_yaml_tags_are_refused_and_run_nothing(tmp_path, setting):
 SECRET = "hunter2"
 
 
+@pytest.mark.parametrize("password", [SECRET, f"@{SECRET}", f"{SECRET}@{SECRET}", f"a:{SECRET}", f"%40{SECRET}", f"{SECRET}?#"])
+def test_an_address_is_shown_without_user_and_password(password):
+    """Whatever the password holds; the rest of the text stays."""
+    shown = without_secrets(f"cannot reach redis://me:{password}@host:6379/0 nor http://example.com/a@b")
+    assert shown == "cannot reach redis://***@host:6379/0 nor http://example.com/a@b"
+
+
 @pytest.fixture
 def with_secrets(tmp_path, monkeypatch) -> Environment:
     """An environment with a secret in every place that usually has one."""
@@ -282,7 +292,8 @@ def test_no_secret_is_printed_with_a_configuration(with_secrets):
 def test_no_secret_is_printed_with_a_problem(tmp_path, monkeypatch):
     """Also where the secret itself is the wrong value, and along the chain of causes."""
     monkeypatch.setenv("PASSWORD", SECRET)
-    base = "online:\n  port: ${PASSWORD}\n  timeout_seconds: '${PASSWORD}'\noffline:\n  buckets: ${PASSWORD}\nproject: ${PASSWORD}!\n"
+    base = "online:\n  port: ${PASSWORD}\n  timeout_seconds: '${PASSWORD}'\noffline:\n  buckets: ${PASSWORD}\n"
+    base += "project: ${PASSWORD}!\n"
     root = project(tmp_path)
     (root / "conf" / "base.yml").write_text(base)
     with pytest.raises(InvalidError) as caught:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from datetime import datetime, timedelta, timezone
+from itertools import pairwise
 from zoneinfo import ZoneInfo
 
 import pytest
@@ -21,12 +22,14 @@ def at(tick: int) -> datetime:
 
 def ticks(intervals) -> set[int]:
     """The model: the microseconds inside the intervals."""
-    return {tick for i in intervals for tick in range(*((bound - ZERO) // timedelta(microseconds=1) for bound in (i.start, i.end)))}
+    return {
+        tick for i in intervals for tick in range(*((bound - ZERO) // timedelta(microseconds=1) for bound in (i.start, i.end)))
+    }
 
 
 intervals = st.tuples(st.integers(0, 30), st.integers(1, 10)).map(lambda pair: Interval(at(pair[0]), at(pair[0] + pair[1])))
 zones = st.sampled_from([ZoneInfo(name) for name in ("UTC", "America/New_York", "Asia/Kathmandu", "Pacific/Kiritimati")])
-instants = st.datetimes(min_value=datetime(1, 1, 3), max_value=datetime(9999, 12, 29), timezones=zones)
+instants = st.datetimes(datetime(1, 1, 3), datetime(9999, 12, 29), timezones=zones)  # noqa: DTZ001  # hypothesis adds the zone
 
 
 @given(st.lists(intervals, max_size=8))
@@ -34,7 +37,7 @@ def test_merge_keeps_the_instants_and_leaves_neither_overlap_nor_touch(given_int
     """The result is the smallest sorted list with the same instants."""
     merged = merge(given_intervals)
     assert ticks(merged) == ticks(given_intervals)
-    assert all(before.end < after.start for before, after in zip(merged, merged[1:], strict=False))
+    assert all(before.end < after.start for before, after in pairwise(merged))
 
 
 @given(intervals, st.lists(intervals, max_size=8))
@@ -73,9 +76,9 @@ def test_an_empty_or_reversed_interval_is_refused(end):
 def test_an_interval_without_zone_is_refused():
     """There is no telling which instants are meant."""
     with pytest.raises(ValueError, match="time zone"):
-        Interval(datetime(2013, 7, 1), at(5))
+        Interval(at(0).replace(tzinfo=None), at(5))
     with pytest.raises(ValueError, match="time zone"):
-        Interval(at(5), datetime(2014, 7, 1))
+        Interval(at(0), at(5).replace(tzinfo=None))
 
 
 def test_an_interval_reads_as_half_open():

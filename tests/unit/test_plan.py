@@ -107,7 +107,10 @@ NEW_VERSION = {
         "transformation changed",
     ),
     "no transformation": (replace(VIEW, transformation=None), "transformation removed"),
-    "time column": (replace(VIEW, source=replace(SOURCE, timestamp_field="seen_at")), "source timestamp_field: paid_at → seen_at"),
+    "time column": (
+        replace(VIEW, source=replace(SOURCE, timestamp_field="seen_at")),
+        "source timestamp_field: paid_at → seen_at",
+    ),
     "zone": (replace(VIEW, source=replace(SOURCE, timezone="Asia/Tokyo")), "source timezone: — → Asia/Tokyo"),
 }
 
@@ -248,7 +251,11 @@ def every_action(apply, registry) -> Plan:
         registry.state(),
         repository(
             replace(VIEW, features=VIEW.features[:1]),
-            replace(other, description="How often | and\nwhen", transformation=TransformationSpec("sql", "SELECT *\nFROM {source}", "d1")),
+            replace(
+                other,
+                description="How often | and\nwhen",
+                transformation=TransformationSpec("sql", "SELECT *\nFROM {source}", "d1"),
+            ),
             replace(VIEW, name="fresh"),
         ),
     )
@@ -348,10 +355,10 @@ EDITS: dict[str, Callable[[dict[str, Any]], Any]] = {
     "checksum": lambda plan: {**plan, "checksum": "0" * 64},
     "no checksum": lambda plan: {name: value for name, value in plan.items() if name != "checksum"},
     "newer format": lambda plan: {**plan, "format": 2},
-    "empty": lambda plan: {},
-    "list": lambda plan: [],
-    "text": lambda plan: "plan",
-    "null": lambda plan: None,
+    "empty": lambda _: {},
+    "list": lambda _: [],
+    "text": lambda _: "plan",
+    "null": lambda _: None,
 }
 
 

@@ -16,7 +16,7 @@ from spark_fs.repo import Repository, load
 
 IMPORTS = """\
 from datetime import timedelta
-from spark_fs import *
+from spark_fs.definitions import *; from spark_fs.types import *
 """
 GOOD = """\
 user = Entity("user", [Field("user_id", Int64)])
@@ -75,17 +75,21 @@ def test_definitions_of_several_files_become_specs(tmp_path):
 
 def test_entities_and_sources_may_be_given_by_name(tmp_path):
     """So that files need not import each other."""
-    code = IMPORTS + GOOD.replace("user, [Field(\"amount\"", '"user", [Field("amount"').replace("payments)\n", '"payments")\n')
+    code = IMPORTS + GOOD.replace('user, [Field("amount"', '"user", [Field("amount"').replace("payments)\n", '"payments")\n')
     assert load(write(tmp_path, {"a.py": code}), "shop").views["spending"].entities == ("user",)
 
 
 def test_a_view_may_have_no_entity_or_several(tmp_path):
     """Keys stand in the order of the entities."""
-    code = IMPORTS + GOOD + dedent("""\
+    code = (
+        IMPORTS
+        + GOOD
+        + dedent("""\
         shop = Entity("shop", [Field("country", String), Field("number", Int32)])
         both = FeatureView("both", [shop, user], [Field("amount", Float64)], payments)
         everywhere = FeatureView("everywhere", [], [Field("rate", Float64)], payments)
     """)
+    )
     views = load(write(tmp_path, {"a.py": code}), "shop").views
     assert views["both"].key_names == ("country", "number", "user_id")
     assert views["everywhere"].key_names == ()
@@ -116,11 +120,14 @@ def test_a_file_named_like_a_standard_module_does_not_replace_it(tmp_path):
     assert sys.modules["calendar"] is calendar
 
 
-def test_an_edit_is_seen_at_once(tmp_path):
+def test_an_edit_is_seen_at_once(tmp_path, monkeypatch):
     """In a notebook the same process loads again and again; text of the same length, within the same second, included."""
+    monkeypatch.setattr(sys, "dont_write_bytecode", False)  # compiled files are told apart by second and length
     repo = write(tmp_path, {"features.py": IMPORTS + GOOD})
+    os.utime(repo / "features.py", (1_700_000_000, 1_700_000_000))
     load(repo, "shop")
     (repo / "features.py").write_text(IMPORTS + GOOD.replace('"city"', '"town"'))
+    os.utime(repo / "features.py", (1_700_000_000, 1_700_000_000))
     assert load(repo, "shop").views["spending"].feature_names == ("amount", "town")
 
 
@@ -164,7 +171,11 @@ CASES = {
         "SFS-107",
         "'user_id' is both a join key and a feature of view 'v'",
     ),
-    "key as feature but for case": ('FeatureView("v", user, [Field("User_ID", Int64)], payments)', "SFS-107", "both a join key"),
+    "key as feature but for case": (
+        'FeatureView("v", user, [Field("User_ID", Int64)], payments)',
+        "SFS-107",
+        "both a join key",
+    ),
     "shared key": (
         'FeatureView("v", [user, Entity("payer", [Field("user_id", Int64)])], [Field("a", Int64)], payments)',
         "SFS-108",
@@ -194,7 +205,11 @@ CASES = {
         "one column for event and created time",
     ),
     "unknown zone": ('DeltaSource("d", path="a", timestamp_field="t", timezone="Mars/Base")', "SFS-116", "'Mars/Base'"),
-    "zone outside of the database": ('DeltaSource("d", path="a", timestamp_field="t", timezone="../etc")', "SFS-116", "'../etc'"),
+    "zone outside of the database": (
+        'DeltaSource("d", path="a", timestamp_field="t", timezone="../etc")',
+        "SFS-116",
+        "'../etc'",
+    ),
     "no features": ('FeatureView("v", user, [], payments)', "SFS-118", "Feature view 'v' has no features"),
     "unknown source": (
         'FeatureView("v", user, [Field("a", Int64)], "paymnts")',
@@ -352,7 +367,7 @@ def test_a_secret_in_plain_text_is_refused_without_showing_it(problems, option):
 @pytest.mark.parametrize(
     "source",
     [
-        'SparkSource("s", format="jdbc", options={"url": "jdbc:postgresql://h/d?user=me&password=hunter2"}, timestamp_field="t")',
+        'SparkSource("s", format="jdbc", options={"url": "jdbc:postgresql://h/d?password=hunter2"}, timestamp_field="t")',
         'SparkSource("s", format="mongodb", options={"uri": "mongodb://me:hunter2@host/db"}, timestamp_field="t")',
         'FileSource("s", path="s3a://key:hunter2@bucket/x", timestamp_field="t")',
         'SparkSource("s", format="jdbc", options={"password": "${PW:-hunter2}"}, timestamp_field="t")',
@@ -466,9 +481,11 @@ def test_comments_layout_and_unused_code_make_no_new_version(tmp_path, file, old
         ("cleaning.py", "frame.dropna()", "frame"),
         ("cleaning.py", "LIMIT = 99", "LIMIT = 98"),
     ],
-    ids=["the function", "a default", "a nested function", "a helper", "a constant", "an imported constant", "an imported helper",
-         "a set", "a date", "a function by its module", "a helper of another file with the same name",
-         "a constant of another file with the same name"],
+    ids=[
+        "the function", "a default", "a nested function", "a helper", "a constant", "an imported constant",
+        "an imported helper", "a set", "a date", "a function by its module",
+        "a helper of another file with the same name", "a constant of another file with the same name",
+    ],
 )  # fmt: skip
 def test_a_change_of_what_a_transformation_uses_makes_a_new_version(tmp_path, file, old, new):
     """The function, what it calls in the repository, and the constants of all of these."""
@@ -501,26 +518,38 @@ def test_the_hash_is_the_same_in_every_process(tmp_path):
     assert len(hashes) == 1
 
 
-def test_the_layout_of_sql_makes_no_new_version(tmp_path):
-    """Indentation and line breaks mean nothing in SQL, its words do."""
-
-    def digest(folder: str, sql: str) -> str:
-        code = IMPORTS + GOOD.replace("payments)\n", f"payments, transformation={sql!r})\n")
-        return load(write(tmp_path / folder, {"a.py": code}), "shop").views["spending"].definition_hash
-
-    one = digest("a", "SELECT user_id, paid_at, amount FROM {source}")
-    assert one == digest("b", "\n    SELECT user_id, paid_at,\n           amount\n    FROM {source}\n")
-    assert one != digest("c", "SELECT user_id, paid_at, 2 * amount FROM {source}")
+def sql_hash(folder: Path, sql: str) -> str:
+    code = IMPORTS + GOOD.replace("payments)\n", f"payments, transformation={sql!r})\n")
+    return load(write(folder, {"a.py": code}), "shop").views["spending"].definition_hash
 
 
-def test_spaces_inside_a_literal_of_sql_do_make_a_new_version(tmp_path):
-    """They are part of a value."""
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        ("SELECT amount, city FROM {source}", "\n    SELECT amount,\n           city\n    FROM {source}\n"),
+        ("SELECT amount, city FROM {source}", "SELECT amount, -- in euros\n city /* of the shop */ FROM {source}"),
+        ("SELECT '--' AS a FROM {source}", "SELECT '--' AS a -- a dash\nFROM {source}"),
+    ],
+    ids=["layout", "comments", "dashes in a literal"],
+)
+def test_layout_and_comments_of_sql_make_no_new_version(tmp_path, one, other):
+    """Only its words do."""
+    assert sql_hash(tmp_path / "a", one) == sql_hash(tmp_path / "b", other)
 
-    def digest(folder: str, sql: str) -> str:
-        code = IMPORTS + GOOD.replace("payments)\n", f"payments, transformation={sql!r})\n")
-        return load(write(tmp_path / folder, {"a.py": code}), "shop").views["spending"].definition_hash
 
-    assert digest("a", "SELECT 'a b' AS city FROM {source}") != digest("b", "SELECT 'a  b' AS city FROM {source}")
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        ("SELECT amount FROM {source}", "SELECT 2 * amount FROM {source}"),
+        ("SELECT 'a b' AS city FROM {source}", "SELECT 'a  b' AS city FROM {source}"),
+        ("SELECT amount -- x\n, city FROM {source}", "SELECT amount -- x , city\nFROM {source}"),
+        ("SELECT '--a' AS city FROM {source}", "SELECT '--b' AS city FROM {source}"),
+    ],
+    ids=["a word", "blanks in a literal", "a line moved into a comment", "dashes in a literal"],
+)
+def test_any_other_change_of_sql_makes_a_new_version(tmp_path, one, other):
+    """Though it may look like layout or a comment."""
+    assert sql_hash(tmp_path / "a", one) != sql_hash(tmp_path / "b", other)
 
 
 def test_a_loaded_function_is_there_to_run_and_its_text_to_read(tmp_path):

@@ -137,6 +137,12 @@ def test_what_values_do_not_depend_on_is_the_same_definition(changed):
     assert changed.content_hash != VIEW.content_hash
 
 
+def test_hashes_stay_the_same_from_release_to_release():
+    """Otherwise an upgrade would give every view a new version: change these values only with a migration."""
+    assert VIEW.definition_hash == "771fcb7ffd304a469a070f7928005d37ca7dc324c0d8a4291f34265e57cf8c72"
+    assert VIEW.content_hash == "84746d5131f89295681db346ff0b436dc2fd065579821941cdec5bd9f6d531a4"
+
+
 def test_the_version_is_no_content():
     """A declared view, which has version 0, equals the applied one."""
     assert replace(VIEW, version=0).content_hash == VIEW.content_hash

@@ -48,7 +48,8 @@ def test_a_decimal_may_be_written_with_a_space_or_without_scale():
 
 
 @pytest.mark.parametrize(
-    "text", ["", "int", "Int64", "decimal", "decimal()", "array<>", "array<int>", "embedding", "embedding(x)", "map<string,int64>"]
+    "text",
+    ["", "int", "Int64", "decimal", "decimal()", "array<>", "array<int>", "embedding", "embedding(x)", "map<string,int64>"],
 )
 def test_an_unknown_type_is_refused_with_the_known_ones(text):
     """The error lists what may be written instead."""
@@ -75,7 +76,9 @@ def test_parameters_out_of_bounds_are_refused(make):
         make()
 
 
-@pytest.mark.parametrize("text", ["array<array<int64>>", "array<embedding(3)>", "decimal(39,0)", "decimal(3,4)", "embedding(0)"])
+@pytest.mark.parametrize(
+    "text", ["array<array<int64>>", "array<embedding(3)>", "decimal(39,0)", "decimal(3,4)", "embedding(0)"]
+)
 def test_text_of_such_parameters_is_refused_too(text):
     """A type from the registry or from text obeys the same bounds."""
     with pytest.raises(ValueError, match=r"decimal|embedding|array"):
@@ -161,7 +164,9 @@ def test_text_that_is_no_value_of_the_type_is_refused(value_type, text):
         value_type.from_text(text)
 
 
-@pytest.mark.parametrize(("value_type", "text"), [(t.Int32, "2147483648"), (t.Int32, "-2147483649"), (t.Int64, "9223372036854775808")])
+@pytest.mark.parametrize(
+    ("value_type", "text"), [(t.Int32, "2147483648"), (t.Int32, "-2147483649"), (t.Int64, "9223372036854775808")]
+)
 def test_a_number_beyond_its_type_is_no_value_of_it(value_type, text):
     """No stored key can equal it, so it is a mistake and not merely an entity that is not found."""
     with pytest.raises(ValueError, match=r".+"):

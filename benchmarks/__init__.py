@@ -1,0 +1,1 @@
+"""Benchmarks: ratios against baselines that run beside ours. ``python -m benchmarks`` runs them all."""
