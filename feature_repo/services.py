@@ -1,5 +1,6 @@
 """What each model reads."""
 
+from spark_fs import FeatureService
 from views import (
     airport_facts,
     carrier_recent_delays,
@@ -9,8 +10,6 @@ from views import (
     route_recent_delays,
     weather,
 )
-
-from spark_fs import FeatureService
 
 departure_delay_v1 = FeatureService(
     "departure_delay_v1",

@@ -10,7 +10,6 @@ from datetime import timedelta
 from arrivals import carrier_delays, plane_arrivals, route_delays
 from entities import airport, carrier, flight, origin, plane, route
 from sources import airports, arrivals, observations, planes, programme
-
 from spark_fs import FeatureView, Field, Float64, Int32, Int64, String
 
 RECENT_DELAYS = [Field("arrivals", Int64), Field("mean_arrival_delay", Float64), Field("late_share", Float64)]

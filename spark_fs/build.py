@@ -52,8 +52,16 @@ def intervals_to_build(
     """What a build has to do: the given interval as a whole, or without a start all that is missing up to ``end``.
 
     ``end`` (default: now) is exclusive. Raises InvalidError SFS-408 for an end further in the future than ``max_future``
-    (rows dated in error would block what comes later) and SFS-409 for a start that is not before the end.
+    (rows dated in error would block what comes later) and SFS-409 for a start that is not before the end or a time without
+    zone.
     """
+    naive = [name for name, instant in (("start", start), ("end", end)) if instant is not None and instant.tzinfo is None]
+    if naive:
+        raise InvalidError.of(
+            "SFS-409",
+            f"The {' and the '.join(naive)} of a build must have a time zone.",
+            fix="datetime(…, tzinfo=timezone.utc)",
+        )
     end = end or now
     if end > now + max_future:
         raise InvalidError.of(

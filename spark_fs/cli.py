@@ -7,14 +7,15 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
-from spark_fs import console
-from spark_fs.errors import ExitCode, InvalidError, Problem
+from spark_fs import console, machine
+from spark_fs.command import open_store, output_option, run, submit_job, submitted
+from spark_fs.errors import ExitCode, InvalidError, Problem, did_you_mean
 
 if TYPE_CHECKING:
     from spark_fs.online.read import OnlineResponse
@@ -36,6 +37,7 @@ def main(context: click.Context, repo: str, env: str | None, debug: bool) -> Non
     \b
     A first tour:
       spark-fs init my_features && cd my_features
+      spark-fs jars fetch
       spark-fs plan
       spark-fs apply --yes
       spark-fs build
@@ -45,53 +47,6 @@ def main(context: click.Context, repo: str, env: str | None, debug: bool) -> Non
     4 quality gate, 5 drift, 6 conflict, 7 partly done, 130 interrupted.
     """
     context.obj = {"repo": repo, "env": env, "debug": debug}
-
-
-def _store(context: click.Context) -> FeatureStore:
-    from spark_fs.store import FeatureStore
-
-    return FeatureStore(context.obj["repo"], context.obj["env"])
-
-
-def _exit(context: click.Context, act: Callable[[], ExitCode | None]) -> None:
-    sys.exit(console.run(act, debug=context.obj["debug"]))
-
-
-def _output(command: F) -> F:
-    return click.option(
-        "--output",
-        type=click.Choice(["table", "json"]),
-        default="table",
-        show_default=True,
-        help="How results are printed.",
-    )(command)
-
-
-def _submitted(command: F) -> F:
-    """The options of every command that runs as a Spark job."""
-    command = click.option("--print", "print_only", is_flag=True, help="Print the spark-submit command, do not run it.")(
-        command
-    )
-    return _output(command)
-
-
-def _submit(context: click.Context, job: str, arguments: Iterable[str], output: str, *, print_only: bool) -> None:
-    """Run one of our jobs by spark-submit, or print the command."""
-
-    def act() -> ExitCode | None:
-        from spark_fs.config import load_environment
-        from spark_fs.submit import job_file, submit_command
-
-        environment = load_environment(context.obj["repo"], context.obj["env"])
-        common = ["--repo", str(environment.root), "--env", environment.name, "--output", output]
-        common += ["--debug"] if context.obj["debug"] else []
-        command = submit_command(environment, job_file(job), [*common, *arguments])
-        if print_only:
-            click.echo(str(command))
-            return ExitCode.OK
-        sys.exit(command.run_job())
-
-    _exit(context, act)
 
 
 def _repeated(option: str, values: Iterable[str]) -> list[str]:
@@ -114,11 +69,11 @@ def init(context: click.Context, folder: Path) -> None:
         for file in create(folder):
             click.echo(file)
 
-    _exit(context, act)
+    run(context, act)
 
 
 @main.command()
-@_output
+@output_option
 @click.pass_context
 def validate(context: click.Context, output: str) -> None:
     r"""Check all definitions and settings; every problem is listed, with file and line.
@@ -129,7 +84,7 @@ def validate(context: click.Context, output: str) -> None:
 
     def act() -> ExitCode:
         try:
-            repository = _store(context).load_repository()
+            repository = open_store(context).load_repository()
         except InvalidError as error:
             if output == "table":
                 raise
@@ -139,7 +94,7 @@ def validate(context: click.Context, output: str) -> None:
         console.show([counts], output, title="Valid")
         return ExitCode.OK
 
-    _exit(context, act)
+    run(context, act)
 
 
 def _problem_row(problem: Problem) -> dict[str, str]:
@@ -162,14 +117,14 @@ def plan(context: click.Context, output: str, out: Path | None, detailed_exitcod
     """
 
     def act() -> ExitCode:
-        made = _store(context).plan()
+        made = open_store(context).plan()
         document = json.dumps(made.to_json(), indent=2, ensure_ascii=False)
         if out:
             out.write_text(document + "\n", encoding="utf-8")
         click.echo({"text": str(made), "json": document, "markdown": made.to_markdown()}[output])
         return ExitCode.CHANGES_PRESENT if made and detailed_exitcode else ExitCode.OK
 
-    _exit(context, act)
+    run(context, act)
 
 
 @main.command()
@@ -189,7 +144,7 @@ def apply(context: click.Context, plan_file: Path | None, yes: bool) -> None:
     def act() -> None:
         from spark_fs.plan import Plan
 
-        store = _store(context)
+        store = open_store(context)
         made = Plan.from_json(_read_json(plan_file)) if plan_file else store.plan()
         click.echo(str(made))
         if not made:
@@ -201,7 +156,7 @@ def apply(context: click.Context, plan_file: Path | None, yes: bool) -> None:
         store.apply(made)
         click.echo(f"Applied: {made.summary}.")
 
-    _exit(context, act)
+    run(context, act)
 
 
 def _read_json(file: Path) -> Any:
@@ -216,7 +171,7 @@ def _read_json(file: Path) -> Any:
 @click.option("--start", help="Rebuild from here (inclusive, ISO 8601, UTC) instead of what is missing.")
 @click.option("--end", help="Up to here (exclusive). Default: now.")
 @click.option("--missing", is_flag=True, help="Only list the intervals that are not built yet; starts no Spark.")
-@_submitted
+@submitted
 @click.pass_context
 def build(
     context: click.Context, view: tuple[str, ...], start: str | None, end: str | None, missing: bool, output: str,
@@ -231,9 +186,9 @@ def build(
       spark-fs build --view weather --start 2013-07-01 --end 2013-08-01
     """
     if missing:
-        _exit(context, lambda: _show_missing(_store(context), view, end, output))
+        run(context, lambda: _show_missing(open_store(context), view, end, output))
     arguments = _repeated("view", view) + _repeated("start", filter(None, [start])) + _repeated("end", filter(None, [end]))
-    _submit(context, "build", arguments, output, print_only=print_only)
+    submit_job(context, "build", arguments, output, print_only=print_only)
 
 
 def _show_missing(store: FeatureStore, views: tuple[str, ...], end: str | None, output: str) -> None:
@@ -266,7 +221,7 @@ def dataset() -> None:
 @click.option("--known-at", is_flag=True, help="A value counts only from its created time on.")
 @click.option("--explain", is_flag=True, help="Only print how the join would run.")
 @click.option("--description", default="", help="What the dataset is for.")
-@_submitted
+@submitted
 @click.pass_context
 def dataset_create(
     context: click.Context, name: str, entities: str, features: tuple[str, ...], full_feature_names: bool, known_at: bool,
@@ -283,27 +238,31 @@ def dataset_create(
     arguments = ["--name", name, "--entities", entities, "--description", description, *_repeated(kind, features)]
     flags = {"full-feature-names": full_feature_names, "known-at": known_at, "explain": explain}
     arguments += [f"--{flag}" for flag, given in flags.items() if given]
-    _submit(context, "dataset_create", arguments, output, print_only=print_only)
+    submit_job(context, "dataset_create", arguments, output, print_only=print_only)
 
 
 @dataset.command("list")
-@_output
+@output_option
 @click.pass_context
 def dataset_list(context: click.Context, output: str) -> None:
-    """List saved datasets and their versions."""
+    r"""List saved datasets and their versions.
+
+    \b
+    Example:  spark-fs dataset list
+    """
 
     def act() -> None:
         names = ("name", "version", "rows", "created_at", "checksum", "path", "delta_version")
-        saved = _store(context).registry.datasets()
+        saved = open_store(context).registry.datasets()
         console.show([{name: manifest[name] for name in names} for manifest in saved], output, empty="No datasets yet.")
 
-    _exit(context, act)
+    run(context, act)
 
 
 @dataset.command("show")
 @click.argument("name")
 @click.option("--version", type=int, help="Default: the newest.")
-@_output
+@output_option
 @click.pass_context
 def dataset_show(context: click.Context, name: str, version: int | None, output: str) -> None:
     r"""Show a dataset's manifest: rows, columns, nulls, where its features came from.
@@ -311,25 +270,29 @@ def dataset_show(context: click.Context, name: str, version: int | None, output:
     \b
     Example:  spark-fs dataset show delays --version 3
     """
-    _exit(context, lambda: console.show_manifest(_store(context).registry.require_dataset(name, version), output))
+    run(context, lambda: console.show_manifest(open_store(context).registry.require_dataset(name, version), output))
 
 
 @dataset.command("verify")
 @click.argument("name")
 @click.option("--version", type=int, help="Default: the newest.")
-@_submitted
+@submitted
 @click.pass_context
 def dataset_verify(context: click.Context, name: str, version: int | None, output: str, print_only: bool) -> None:
-    """Check that a dataset's stored rows are still those its manifest signs; exit code 4 if not."""
+    r"""Check that a dataset's stored rows are still those its manifest signs; exit code 4 if not.
+
+    \b
+    Example:  spark-fs dataset verify delays --version 3
+    """
     arguments = ["--name", name, *_repeated("version", [str(version)] if version else [])]
-    _submit(context, "dataset_verify", arguments, output, print_only=print_only)
+    submit_job(context, "dataset_verify", arguments, output, print_only=print_only)
 
 
 @main.command()
 @click.argument("start")
 @click.argument("end")
 @click.option("--view", multiple=True, help="Only this feature view; may be repeated.")
-@_submitted
+@submitted
 @click.pass_context
 def materialize(context: click.Context, start: str, end: str, view: tuple[str, ...], output: str, print_only: bool) -> None:
     r"""Publish the newest values with event times in [START, END) to the online store; builds what is missing first.
@@ -338,31 +301,31 @@ def materialize(context: click.Context, start: str, end: str, view: tuple[str, .
     Example:  spark-fs materialize 2013-01-01 2014-01-01
     """
     arguments = ["--start", start, "--end", end, *_repeated("view", view)]
-    _submit(context, "materialize", arguments, output, print_only=print_only)
+    submit_job(context, "materialize", arguments, output, print_only=print_only)
 
 
 @main.command("materialize-incremental")
 @click.argument("end", required=False)
 @click.option("--view", multiple=True, help="Only this feature view; may be repeated.")
-@_submitted
+@submitted
 @click.pass_context
 def materialize_incremental(
     context: click.Context, end: str | None, view: tuple[str, ...], output: str, print_only: bool
 ) -> None:
-    r"""Publish what is new since the last run, late rows and corrections included, up to END (default: now).
+    r"""Publish what builds have added or corrected since the last run, however old its event time, up to END (default: now).
 
     \b
     Example:  spark-fs materialize-incremental
     """
     arguments = _repeated("end", [end] if end else []) + _repeated("view", view)
-    _submit(context, "materialize", arguments, output, print_only=print_only)
+    submit_job(context, "materialize", arguments, output, print_only=print_only)
 
 
 @main.command("get-online-features")
 @click.option("--features", "features", multiple=True, required=True, help="view:feature (repeat it), or one service.")
 @click.option("--entity", "entities", multiple=True, required=True, help="One entity: key=value[,key=value]; repeat it.")
 @click.option("--full-feature-names", is_flag=True, help="Name columns view__feature.")
-@_output
+@output_option
 @click.pass_context
 def get_online_features(
     context: click.Context, features: tuple[str, ...], entities: tuple[str, ...], full_feature_names: bool, output: str
@@ -374,7 +337,7 @@ def get_online_features(
     """
 
     def act() -> None:
-        store = _store(context)
+        store = open_store(context)
         wanted = features[0] if len(features) == 1 and ":" not in features[0] else list(features)
         rows = _entity_rows(store, wanted, entities)
         response = store.get_online_features(wanted, rows, full_feature_names=full_feature_names)
@@ -383,7 +346,7 @@ def get_online_features(
         else:
             console.show(_online_rows(response), output)
 
-    _exit(context, act)
+    run(context, act)
 
 
 def _online_rows(response: OnlineResponse) -> list[dict[str, Any]]:
@@ -404,163 +367,44 @@ def _entity_rows(store: FeatureStore, features: Any, entities: tuple[str, ...]) 
     rows = []
     for entity in entities:
         pairs = dict(part.partition("=")[::2] for part in entity.split(","))
-        rows.append({name: _key_value(name, value, types[name]) for name, value in pairs.items() if name in types})
+        rows.append({name: _key_value(name, value, types) for name, value in pairs.items()})
     return rows
 
 
-def _key_value(name: str, value: str, type_: ValueType) -> Any:
+def _key_value(name: str, value: str, types: Mapping[str, ValueType]) -> Any:
+    if name not in types:
+        raise InvalidError.of("SFS-606", f"'{name}' is no join key of these features.", why=did_you_mean(name, types))
     try:
-        return type_.from_text(value)
+        return types[name].from_text(value)
     except ValueError as error:
-        raise InvalidError.of("SFS-606", f"'{name}={value}' is no {type_}.", why=f"{error}.") from error
+        raise InvalidError.of("SFS-606", f"'{name}={value}' is no {types[name]}.", why=f"{error}.") from error
 
 
 @main.command()
 @click.option("--limit", default=20, show_default=True, help="How many.")
-@_output
+@output_option
 @click.pass_context
 def runs(context: click.Context, limit: int, output: str) -> None:
-    """List the latest builds and materializations and how they ended."""
+    r"""List the latest builds and materializations and how they ended.
+
+    \b
+    Example:  spark-fs runs --limit 5
+    """
 
     def act() -> None:
         names = ("run_id", "kind", "subject", "state", "started_at", "finished_at")
-        found = _store(context).registry.runs(limit)
+        found = open_store(context).registry.runs(limit)
         if output == "table":
             found = [{name: run[name] for name in names} for run in found]
         console.show(found, output, empty="No runs yet.")
 
-    _exit(context, act)
-
-
-@main.group()
-def online() -> None:
-    """The embedded online store: start, stop, status."""
-
-
-@online.command("start")
-@_output
-@click.pass_context
-def online_start(context: click.Context, output: str) -> None:
-    """Start the embedded server if it does not run."""
-    _exit(context, lambda: _show_online(context, "start", output))
-
-
-@online.command("stop")
-@_output
-@click.pass_context
-def online_stop(context: click.Context, output: str) -> None:
-    """Stop the embedded server; its data is kept for the next start."""
-    _exit(context, lambda: _show_online(context, "stop", output))
-
-
-@online.command("status")
-@_output
-@click.pass_context
-def online_status(context: click.Context, output: str) -> None:
-    """Show whether the online store answers, and where."""
-    _exit(context, lambda: _show_online(context, "status", output))
-
-
-def _show_online(context: click.Context, verb: str, output: str) -> None:
-    from spark_fs.errors import without_secrets
-    from spark_fs.online import server
-    from spark_fs.online.redis_store import check_server
-
-    environment = _store(context).environment
-    configured = environment.config.online
-    if configured.url != "embedded":
-        if verb != "status":
-            raise InvalidError.of(
-                "SFS-620",
-                "The online store of this environment is not the embedded one.",
-                why=f"online.url is {without_secrets(configured.url)}.",
-            )
-        report = check_server(configured.url, socket_timeout_seconds=configured.timeout_seconds)
-        console.show([{"url": without_secrets(configured.url), "running": True, "version": report.version}], output)
-        return
-    if verb == "start":
-        state = server.start(environment.state_dir, port=configured.port)
-    elif verb == "stop":
-        server.stop(environment.state_dir)
-        state = None
-    else:
-        state = server.status(environment.state_dir)
-    shown = {"url": without_secrets(state.url), "running": True, "pid": str(state.pid)} if state else {"running": False}
-    console.show([shown], output)
-
-
-@main.command()
-@_output
-@click.pass_context
-def doctor(context: click.Context, output: str) -> None:
-    """Check Java, Spark, Delta, the online store, folders and clock, and say how to mend what is wrong."""
-
-    def act() -> ExitCode:
-        from spark_fs.doctor import run
-        from spark_fs.online import server
-
-        store = _store(context)
-        place = store.environment
-        url: str | None = place.config.online.url
-        if url == "embedded":
-            running = server.status(place.state_dir)
-            url = running.url if running else None
-        checks = run(
-            state_dir=place.state_dir, offline_root=place.offline_root, registry_url=place.registry_url, online_url=url
-        )
-        console.show([{"check": c.name, "ok": c.ok, "found": c.found, "fix": c.fix} for c in checks], output)
-        return ExitCode.FAILED if any(check.ok is False for check in checks) else ExitCode.OK
-
-    _exit(context, act)
-
-
-@main.group()
-def jars() -> None:
-    """The Delta Lake jars of the project."""
-
-
-@jars.command("fetch")
-@click.pass_context
-def jars_fetch(context: click.Context) -> None:
-    """Fetch the jars that are missing, once; later starts of Spark need no network."""
-
-    def act() -> None:
-        from spark_fs.jars import fetch
-
-        fetch(_store(context).environment.state_dir / "jars")
-
-    _exit(context, act)
-
-
-@main.command(context_settings={"ignore_unknown_options": True})
-@click.argument("file", type=click.Path(exists=True, dir_okay=False))
-@click.argument("arguments", nargs=-1, type=click.UNPROCESSED)
-@click.option("--print", "print_only", is_flag=True, help="Print the spark-submit command, do not run it.")
-@click.pass_context
-def submit(context: click.Context, file: str, arguments: tuple[str, ...], print_only: bool) -> None:
-    r"""Run a PySpark FILE of your own with this environment's Spark settings.
-
-    \b
-    Example:  spark-fs --env prod submit my_job.py --day 2013-07-01
-    """
-
-    def act() -> ExitCode | None:
-        from spark_fs.config import load_environment
-        from spark_fs.submit import submit_command
-
-        command = submit_command(load_environment(context.obj["repo"], context.obj["env"]), file, arguments)
-        if print_only:
-            click.echo(str(command))
-            return ExitCode.OK
-        sys.exit(command.run())
-
-    _exit(context, act)
+    run(context, act)
 
 
 @main.command()
 @click.argument("view")
 @click.option("--yes", is_flag=True, help="Do not ask.")
-@_output
+@output_option
 @click.pass_context
 def destroy(context: click.Context, view: str, yes: bool, output: str) -> None:
     r"""Delete the feature table and the online values of a VIEW (or view@version) that nothing uses any more.
@@ -570,11 +414,17 @@ def destroy(context: click.Context, view: str, yes: bool, output: str) -> None:
     """
 
     def act() -> None:
-        name, _, version = view.partition("@")
+        from spark_fs.store import parse_reference
+
+        name, version = parse_reference(view)
         if not yes:
             if not sys.stdin.isatty():
                 raise InvalidError.of("SFS-311", "Nobody is here to confirm.", fix="use --yes")
             click.confirm(f"Delete the table and online values of {view} for good?", abort=True, err=True)
-        console.show([_store(context).destroy(name, int(version) if version else None)], output)
+        console.show([open_store(context).destroy(name, version)], output)
 
-    _exit(context, act)
+    run(context, act)
+
+
+for _command in (machine.online, machine.jars, machine.doctor, machine.submit):
+    main.add_command(_command)

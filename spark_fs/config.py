@@ -19,6 +19,11 @@ from pydantic import Field as Setting
 
 from spark_fs.errors import InvalidError, Problem, did_you_mean
 
+#: Names of settings and options whose values are secrets.
+SECRET_NAME = re.compile(
+    r"password|passwd|passphrase|pwd|secret|token|credential|(private|access|api|account|shared).?key", re.IGNORECASE
+)
+
 
 class _Section(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -60,7 +65,7 @@ class SparkConfig(_Section):
 
     master: str = Setting("local[*]", description="local[*], spark://…, yarn, k8s://…")
     deploy_mode: Literal["client", "cluster"] = "client"
-    conf: dict[str, str | int | float | bool] = {}
+    conf: dict[str, str | int | float | bool] = Setting({}, repr=False)
 
 
 class Config(_Section):
@@ -116,7 +121,7 @@ def load_environment(root: Path | str = ".", name: str | None = None) -> Environ
     """The environment ``name`` (default: $SPARK_FS_ENV, else ``local``) of the project in ``root``.
 
     Raises InvalidError with every problem: no project here (SFS-201), YAML that cannot be read (SFS-202), duplicate keys
-    (SFS-203), undefined variables (SFS-204), unknown keys (SFS-205), wrong values (SFS-206).
+    (SFS-203), undefined variables (SFS-204), unknown keys (SFS-205), wrong values (SFS-206), secrets for Spark (SFS-209).
     """
     root = Path(root).resolve()
     name = name or os.environ.get("SPARK_FS_ENV") or "local"
@@ -140,6 +145,17 @@ def load_environment(root: Path | str = ".", name: str | None = None) -> Environ
     if config is not None and config.offline.buckets & (config.offline.buckets - 1):
         where = reader.positions.get(("offline", "buckets"), "")
         reader.problems.append(Problem("SFS-206", "offline.buckets must be a power of two.", where=where, fix="8, 16, 32 …"))
+    reader.problems += [
+        Problem(
+            "SFS-209",
+            f"Setting 'spark.conf.{name}' holds a secret.",
+            "Spark's settings show in process lists and in its own pages.",
+            reader.positions.get(("spark", "conf", name), ""),
+            "let Spark find it by itself: a credential provider, or a variable that the cluster sets",
+        )
+        for name in (config.spark.conf if config else ())
+        if SECRET_NAME.search(name) and not name.endswith(".provider")
+    ]
     if config is None or reader.problems:
         raise InvalidError(*reader.problems)
     return Environment(root, name, config)
@@ -174,6 +190,12 @@ def _problem(detail: Any, positions: Mapping[tuple[str, ...], str]) -> Problem:
     return Problem("SFS-206", f"Setting '{'.'.join(path)}' is wrong.", f"{detail['msg']}.", where)
 
 
+#: What plain data is made of.
+_PLAIN_TAGS = frozenset(
+    f"tag:yaml.org,2002:{kind}" for kind in ("map", "seq", "str", "int", "float", "bool", "null", "timestamp")
+)
+
+
 class _YamlReader:
     """Reads YAML as plain data, and remembers where each key stands."""
 
@@ -181,6 +203,7 @@ class _YamlReader:
         self.root = root
         self.positions: dict[tuple[str, ...], str] = {}
         self.problems: list[Problem] = []
+        self._open: list[yaml.Node] = []
 
     def read(self, file: Path) -> dict[str, Any]:
         """The mapping in the file; problems are noted, not raised."""
@@ -199,12 +222,17 @@ class _YamlReader:
                 )
             )
             return {}
+        except (yaml.YAMLError, UnicodeDecodeError) as error:
+            why = f"{next(iter(str(error).splitlines()))}."
+            self.problems.append(Problem("SFS-202", "The file is no text in UTF-8 that YAML can hold.", why, shown))
+            return {}
         if node is None:
             return {}
         if not isinstance(node, yaml.MappingNode):
             self.problems.append(Problem("SFS-202", "The file must hold settings as 'name: value'.", where=f"{shown}:1"))
             return {}
-        return self._mapping(node, (), shown)
+        value = self._value(node, (), shown)
+        return value if isinstance(value, dict) else {}
 
     def _mapping(self, node: yaml.MappingNode, path: tuple[str, ...], shown: str) -> dict[str, Any]:
         values: dict[str, Any] = {}
@@ -218,24 +246,36 @@ class _YamlReader:
         return values
 
     def _value(self, node: yaml.Node, path: tuple[str, ...], shown: str) -> Any:
-        if isinstance(node, yaml.MappingNode):
-            return self._mapping(node, path, shown)
-        if isinstance(node, yaml.SequenceNode):
-            return [self._value(item, path, shown) for item in node.value]
-        if not node.tag.startswith("tag:yaml.org,2002:"):
-            self.problems.append(
-                Problem("SFS-202", f"The YAML tag {node.tag} is not allowed.", where=f"{shown}:{node.start_mark.line + 1}")
-            )
+        where = f"{shown}:{node.start_mark.line + 1}"
+        if node.tag not in _PLAIN_TAGS:
+            self.problems.append(Problem("SFS-202", f"The YAML tag {node.tag} is not allowed.", where=where))
             return None
+        if any(node is outer for outer in self._open):
+            self.problems.append(Problem("SFS-202", "An alias stands inside of what it refers to.", where=where))
+            return None
+        self._open.append(node)
+        try:
+            if isinstance(node, yaml.MappingNode):
+                return self._mapping(node, path, shown)
+            if isinstance(node, yaml.SequenceNode):
+                return [self._value(item, path, shown) for item in node.value]
+            return self._scalar(node, where)
+        finally:
+            self._open.pop()
+
+    def _scalar(self, node: yaml.Node, where: str) -> Any:
         try:
             resolved = resolve_variables(node.value, os.environ)
         except KeyError as error:
             fix = f"export {error.args[0]}=…, or give a default: ${{{error.args[0]}:-value}}"
-            where = f"{shown}:{node.start_mark.line + 1}"
             self.problems.append(Problem("SFS-204", f"The variable {error.args[0]} is not set.", where=where, fix=fix))
             return None
         if resolved != node.value:
             # Unquoted, a variable may hold a number or a switch; nothing that could be more than a plain word is parsed.
             plain = isinstance(node, yaml.ScalarNode) and node.style is None and re.fullmatch(r"[\w.+-]*", resolved)
             return yaml.safe_load(resolved) if plain else resolved
-        return yaml.SafeLoader("").construct_object(node)
+        try:
+            return yaml.SafeLoader("").construct_object(node)
+        except (yaml.YAMLError, ValueError) as error:
+            self.problems.append(Problem("SFS-202", f"'{node.value}' cannot be read.", f"{error}.", where))
+            return None

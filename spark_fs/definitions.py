@@ -15,7 +15,7 @@ from contextvars import ContextVar
 from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, PrivateAttr, ValidationError
 from pydantic import Field as Setting
@@ -23,7 +23,7 @@ from pydantic import Field as Setting
 from spark_fs.errors import InvalidError, Problem, did_you_mean
 from spark_fs.types import ValueType, as_value_type
 
-_PACKAGE = str(Path(__file__).parent)
+_PACKAGE = f"{Path(__file__).parent}/"
 
 
 @dataclass(slots=True)
@@ -56,11 +56,14 @@ def _where() -> str:
     return f"{frame.f_code.co_filename}:{frame.f_lineno}"
 
 
+#: The default of arguments that must be given: pydantic says so, with all else that is wrong.
+_MISSING: Any = object()
+
+
 class Definition(BaseModel):
     """Base of all definitions: a name and who answers for it."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", arbitrary_types_allowed=True)
-    _positional: ClassVar[tuple[str, ...]] = ("name",)
     _where: str = PrivateAttr("")
     _rejected: bool = PrivateAttr(False)
 
@@ -69,11 +72,9 @@ class Definition(BaseModel):
     owner: str = ""
     tags: Mapping[str, str] = {}
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
+    def __init__(self, name: str = _MISSING, **more: Any) -> None:
         where, collected = _where(), _collected.get()
-        if len(args) > len(self._positional):
-            raise TypeError(f"{type(self).__name__} takes at most {len(self._positional)} positional arguments")
-        values = {**dict(zip(self._positional, args, strict=False)), **kwargs}
+        values = {argument: value for argument, value in {"name": name, **more}.items() if value is not _MISSING}
         try:
             super().__init__(**values)
         except ValidationError as error:
@@ -81,14 +82,18 @@ class Definition(BaseModel):
             if collected is None:
                 raise InvalidError(*problems) from error
             collected.problems += problems
-            self._stand_in(values)
+            wrong = {str(detail["loc"][0]) for detail in error.errors() if detail["loc"]}
+            self._stand_in({name: value for name, value in values.items() if name not in wrong})
         self._where = where
         if collected is not None and not isinstance(self, Field):
             collected.definitions.append(self)
 
     def _stand_in(self, values: Mapping[str, Any]) -> None:
-        """Keep the rejected arguments unvalidated: the name stays known, so others that use it are not blamed too."""
-        unchecked = type(self).model_construct(**values)
+        """Keep the good arguments of a rejected definition: its name stays known, so others that use it are not blamed too."""
+        nothing = {
+            name: "" if name in ("name", "source") else () for name, f in type(self).model_fields.items() if f.is_required()
+        }
+        unchecked = type(self).model_construct(**{**nothing, **values})
         for slot in ("__dict__", "__pydantic_fields_set__", "__pydantic_extra__", "__pydantic_private__"):
             object.__setattr__(self, slot, getattr(unchecked, slot))
         self._rejected = True
@@ -118,15 +123,19 @@ DType = Annotated[ValueType, BeforeValidator(as_value_type)]
 class Field(Definition):
     """A named, typed column: a join key or a feature. ``Field("amount", Float64)``."""
 
-    _positional = ("name", "dtype")
     dtype: DType
+
+    def __init__(self, name: str = _MISSING, dtype: ValueType | str = _MISSING, **more: Any) -> None:
+        super().__init__(name, dtype=dtype, **more)
 
 
 class Entity(Definition):
     """What features describe, known by one or several join keys. ``Entity("user", [Field("user_id", Int64)])``."""
 
-    _positional = ("name", "join_keys")
     join_keys: tuple[Field, ...]
+
+    def __init__(self, name: str = _MISSING, join_keys: Sequence[Field] = _MISSING, **more: Any) -> None:
+        super().__init__(name, join_keys=join_keys, **more)
 
 
 class DataSource(Definition):
@@ -150,6 +159,9 @@ class DeltaSource(DataSource):
     path: str | None = None
     table: str | None = None
 
+    def __init__(self, name: str = _MISSING, **more: Any) -> None:
+        super().__init__(name=name, **more)
+
 
 class FileSource(DataSource):
     """Files of one format under ``path``. CSV and JSON: ``options`` go to Spark's reader; give ``schema`` as DDL text there."""
@@ -158,6 +170,9 @@ class FileSource(DataSource):
     path: str
     format: Literal["parquet", "csv", "json", "orc"] = "parquet"
     options: Mapping[str, str] = {}
+
+    def __init__(self, name: str = _MISSING, **more: Any) -> None:
+        super().__init__(name=name, **more)
 
 
 class SparkSource(DataSource):
@@ -171,6 +186,9 @@ class SparkSource(DataSource):
     options: Mapping[str, str] = {}
     table: str | None = None
     query: str | None = None
+
+    def __init__(self, name: str = _MISSING, **more: Any) -> None:
+        super().__init__(name=name, **more)
 
 
 Transformation = str | Callable[..., Any] | None
@@ -191,13 +209,22 @@ with warnings.catch_warnings():
         is SQL text with ``{source}`` for the source, or a named function ``DataFrame → DataFrame``.
         """
 
-        _positional = ("name", "entities", "schema", "source")
         entities: Annotated[tuple[Entity | str, ...], BeforeValidator(_as_tuple)] = ()
         schema: Annotated[tuple[Field, ...], BeforeValidator(_as_tuple)]  # type: ignore[assignment]  # see above
         source: DeltaSource | FileSource | SparkSource | str
         ttl: timedelta | None = None
         transformation: Transformation = None
         online: bool = True
+
+        def __init__(
+            self,
+            name: str = _MISSING,
+            entities: Sequence[Entity | str] | Entity | str = (),
+            schema: Sequence[Field] = _MISSING,
+            source: DataSource | str = _MISSING,
+            **more: Any,
+        ) -> None:
+            super().__init__(name, entities=entities, schema=schema, source=source, **more)
 
         def __getitem__(self, features: Sequence[str]) -> ViewReference:
             """Only these features: ``view[["amount"]]``."""
@@ -242,5 +269,12 @@ def _as_references(value: Any) -> Any:
 class FeatureService(Definition):
     """The features that one model uses. It keeps the view versions it was applied with until it is changed itself."""
 
-    _positional = ("name", "features")
     features: Annotated[tuple[ViewReference, ...], BeforeValidator(_as_references)] = Setting(min_length=1)
+
+    def __init__(
+        self,
+        name: str = _MISSING,
+        features: Sequence[FeatureView | ViewReference] | FeatureView | ViewReference = _MISSING,
+        **more: Any,
+    ) -> None:
+        super().__init__(name, features=features, **more)

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from enum import IntEnum
 
@@ -114,7 +115,7 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
 
 #: One of our own errors inside the text of another: what a Spark executor raised reaches the driver so.
 _OURS_IN_TEXT = re.compile(r"\[(SFS-\d{3})\] ([^\n]+)")
-_SECRET_IN_URL = re.compile(r"(?<=://)[^/@\s]*@")
+_SECRET_IN_URL = re.compile(r"(?<=://)[^/\s]*@")
 
 
 def without_secrets(text: str) -> str:
@@ -221,7 +222,7 @@ def translate(error: BaseException) -> SparkFSError | None:
     """Our error for a foreign one (Redis, Spark, the disk, the database), or None where we have nothing to add.
 
     Looks along the chain of causes, and for our own errors in the text of Spark's; imports none of the foreign libraries.
-    The caller chains it: ``raise ours from error``.
+    The caller chains it: ``raise ours from error``, or lets ``translated`` do so.
     """
     seen: BaseException | None = error
     while seen is not None:
@@ -235,3 +236,15 @@ def translate(error: BaseException) -> SparkFSError | None:
                 return build(seen)
         seen = seen.__cause__ or seen.__context__
     return None
+
+
+@contextmanager
+def translated() -> Iterator[None]:
+    """Raise our error in the place of a foreign one that comes out of the block, where there is one (see ``translate``)."""
+    try:
+        yield
+    except Exception as error:
+        ours = translate(error)
+        if ours is None or ours is error:
+            raise
+        raise ours from error

@@ -34,9 +34,9 @@ def parse_instant(value: str) -> datetime:
     """An instant from ISO 8601 text; text without a zone means UTC. ValueError names the text."""
     try:
         instant = datetime.fromisoformat(value.strip().replace("Z", "+00:00"))
-    except ValueError:
+        return instant.replace(tzinfo=UTC) if instant.tzinfo is None else instant.astimezone(UTC)
+    except (ValueError, OverflowError):
         raise ValueError(f"'{value}' is no ISO 8601 date or time, such as 2013-07-01 or 2013-07-01T12:00:00Z") from None
-    return instant.replace(tzinfo=UTC) if instant.tzinfo is None else instant.astimezone(UTC)
 
 
 def text(instant: datetime) -> str:

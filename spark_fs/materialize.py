@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any
@@ -13,8 +14,9 @@ from pyspark.sql import functions as F
 
 from spark_fs.intervals import Interval, text, to_micros
 from spark_fs.offline.compute import key_bytes, within
-from spark_fs.offline.tables import FeatureTable, observed
-from spark_fs.online.redis_store import COUNTS, OnlineTarget, WriteCounts, write_partition
+from spark_fs.offline.tables import FeatureTable, builds_since, can_be_read_in_place, observed
+from spark_fs.online import executor
+from spark_fs.online.redis_store import COUNTS, OnlineTarget, WriteCounts
 from spark_fs.registry import Watermark
 from spark_fs.spec import ViewSpec
 
@@ -51,27 +53,60 @@ def materialize_view(
     New is what a later build wrote, however old its event time, and what lay past the end of the last run. The guarded
     write keeps what is newer online, so the same run can be repeated, overlap others, and be interrupted at any point.
     """
-    began, view, version = time.monotonic(), table.view, table.version()
-    wanted = within(interval)
-    if since is not None:
-        wanted = wanted & _new(table, since, version)
-    read, all_rows = Observation(), [F.count(F.lit(1)).alias("rows")]
-    rows = table.read(version).where(wanted)
-    counts = write_online(newest_rows(view, rows.observe(read, *all_rows)), target)
+    began, log = time.monotonic(), table.commits()
+    version = log[0].version
+    if since is None and can_be_read_in_place(log):
+        counts, rows_read = publish_files(table, version, target, interval)
+    else:
+        rows = table.read(version).where(within(interval))
+        if since is not None:
+            rows = rows.where(_new(builds_since(log, since.table_version), since))
+        counts, rows_read = publish_rows(table.view, rows, target)
     return MaterializeResult(
-        view=view.reference,
+        view=table.view.reference,
         interval=interval,
         table_version=version,
-        rows_read=observed(read, rows, all_rows)["rows"],
+        rows_read=rows_read,
         **{name: getattr(counts, name) for name in COUNTS},
         seconds=round(time.monotonic() - began, 3),
     )
 
 
-def _new(table: FeatureTable, since: Watermark, version: int) -> SparkColumn:
+def _new(builds: set[int] | None, since: Watermark) -> SparkColumn:
     past_the_end = F.col("event_timestamp") >= F.timestamp_micros(F.lit(to_micros(since.end)))
-    builds = table.builds_since(since.table_version, version)
     return F.lit(True) if builds is None else F.col("_build").isin(sorted(builds)) | past_the_end
+
+
+def publish_files(table: FeatureTable, version: int, target: OnlineTarget, interval: Interval) -> tuple[WriteCounts, int]:
+    """Publish each data file where it lies: no rows pass through the JVM and none are shuffled. Counts and rows read.
+
+    Only for tables of which ``can_be_read_in_place`` is true.
+    """
+    files = table.data_files(version)
+    if not files:
+        return WriteCounts(), 0
+    named = table.spark.createDataFrame([(file,) for file in files], "file string").repartition(len(files))
+    start_us, end_us = to_micros(interval.start), to_micros(interval.end)
+    keys = table.view.keys
+    work = partial(executor.publish_files, target=target, keys=keys, start_us=start_us, end_us=end_us)
+    return _run(named, work)
+
+
+def publish_rows(view: ViewSpec, rows: DataFrame, target: OnlineTarget) -> tuple[WriteCounts, int]:
+    """Publish the newest of the rows of each key, through Spark's reader and a shuffle. Counts and rows read."""
+    read, all_rows = Observation(), [F.count(F.lit(1)).alias("rows")]
+    newest = newest_rows(view, rows.observe(read, *all_rows))
+    counts, _ = _run(newest, partial(executor.publish_rows, target=target))
+    return counts, int(observed(read, rows, all_rows)["rows"])
+
+
+def _run(frame: DataFrame, work: Callable[..., Iterator[Any]]) -> tuple[WriteCounts, int]:
+    """Let the executors do the work; the sums of what they report, which is that of the task attempts that succeeded."""
+    measures = executor.MEASURES
+    parts = frame.mapInArrow(work, ", ".join(f"{name} bigint" for name in measures))
+    totals = parts.agg(*(F.coalesce(F.sum(name), F.lit(0)).alias(name) for name in measures)).first()
+    assert totals is not None  # an aggregate without groups has one row
+    return WriteCounts(**{name: totals[name] for name in COUNTS}), totals["rows_read"]
 
 
 def newest_rows(view: ViewSpec, rows: DataFrame) -> DataFrame:
@@ -86,15 +121,3 @@ def newest_rows(view: ViewSpec, rows: DataFrame) -> DataFrame:
     newest = rows.withColumn("_rank", F.row_number().over(newest_first)).where(F.col("_rank") == 1)
     features = [F.col(f"`{name}`") for name in view.feature_names]
     return newest.select(key_bytes(view.keys).alias("_key"), "event_timestamp", "created_timestamp", "_build", *features)
-
-
-def write_online(rows: DataFrame, target: OnlineTarget) -> WriteCounts:
-    """Write the rows (columns as ``newest_rows`` gives them) from the executors; sums what the server replied.
-
-    Counts are those of the task attempts that succeeded: a retried task finds its rows equal.
-    """
-    schema = ", ".join(f"{name} bigint" for name in COUNTS)
-    parts = rows.mapInArrow(partial(write_partition, target=target), schema)
-    totals = parts.agg(*(F.coalesce(F.sum(name), F.lit(0)).alias(name) for name in COUNTS)).first()
-    assert totals is not None  # an aggregate without groups has one row
-    return WriteCounts(**totals.asDict())

@@ -74,10 +74,7 @@ class Plan:
         """The plan as a table for a review comment."""
         if not self.steps:
             return f"**{self.project}**: no changes."
-        rows = [
-            f"| `{s.action.value}` | {s.title} | {'; '.join(s.reasons) or '—'} | {'; '.join(s.dependents) or '—'} |"
-            for s in self.steps
-        ]
+        rows = [f"| `{s.action.value}` | {s.title} | {_cell(s.reasons)} | {_cell(s.dependents)} |" for s in self.steps]
         head = [f"**{self.project}**: {self.summary} (registry serial {self.serial})", ""]
         return "\n".join([*head, "| | object | why | affects |", "|---|---|---|---|", *rows])
 
@@ -90,6 +87,7 @@ class Plan:
     @classmethod
     def from_json(cls, document: Mapping[str, Any]) -> Plan:
         """The plan written by ``to_json``; SFS-308 if it is not one, or was edited."""
+        document = document if isinstance(document, Mapping) else {}
         body = {name: document.get(name) for name in ("format", "project", "serial", "steps")}
         if body["format"] != FORMAT or document.get("checksum") != _checksum(body):
             raise InvalidError.of(
@@ -114,6 +112,11 @@ class Plan:
         from html import escape
 
         return f"<pre>{escape(str(self))}</pre>"
+
+
+def _cell(texts: Sequence[str]) -> str:
+    """Texts as one cell of a Markdown table."""
+    return " ".join("; ".join(texts).replace("|", "\\|").split()) or "—"
 
 
 def _checksum(body: Mapping[str, Any]) -> str:
@@ -210,7 +213,11 @@ def _view_steps(state: State, views: Mapping[str, ViewSpec], services: Mapping[s
             yield Step(Action.REPLACE, "view", name, view.version, view.to_json(), reasons, _users(view, services))
         elif current.content_hash != view.content_hash:
             reasons = _differences(current.to_json(), view.to_json())
-            yield Step(Action.CHANGE, "view", name, view.version, view.to_json(), reasons)
+            users = (
+                s.name for s in services.values() if (name, view.version) in {(item.view, item.version) for item in s.views}
+            )
+            affected = tuple(f"service {user}" for user in sorted(users))
+            yield Step(Action.CHANGE, "view", name, view.version, view.to_json(), reasons, affected)
     for name in sorted(set(state.views) - set(views)):
         reason = "its feature table and online values stay until spark-fs destroy"
         yield Step(Action.REMOVE, "view", name, state.views[name].version, None, (reason,))

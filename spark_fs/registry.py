@@ -8,15 +8,17 @@ from __future__ import annotations
 
 import getpass
 import json
+import os
+import uuid
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 import sqlalchemy as sa
-from sqlalchemy.exc import DatabaseError, IntegrityError, OperationalError
+from sqlalchemy.exc import DatabaseError, IntegrityError, OperationalError, ProgrammingError
 
 from spark_fs.errors import ConflictError, InvalidError, SparkFSError, UnavailableError, did_you_mean, without_secrets
 from spark_fs.intervals import UTC, Interval, from_micros, merge, to_micros
@@ -170,9 +172,9 @@ class Registry:
         self.project = project
         self._url = url
         if url.startswith("sqlite:///"):
-            Path(url.removeprefix("sqlite:///")).parent.mkdir(parents=True, exist_ok=True)
+            _prepare_file(Path(url.removeprefix("sqlite:///")))
         self._engine = sa.create_engine(url, connect_args={"timeout": 30} if url.startswith("sqlite") else {})
-        self._check_format()
+        self._open()
 
     def __repr__(self) -> str:
         return f"Registry({without_secrets(self._url)!r}, {self.project!r})"
@@ -191,39 +193,44 @@ class Registry:
                 why=without_secrets(str(error.orig)),
                 fix="check registry.url",
             ) from error
+        except (IntegrityError, ProgrammingError):
+            raise
+        except DatabaseError as error:
+            raise _damaged(without_secrets(str(error.orig))) from error
 
-    def _check_format(self) -> None:
+    def _open(self) -> None:
+        """Make the tables where there are none of ours; refuse a registry that is newer, or has lost some of them."""
         try:
             with self._transaction() as connection:
-                _tables.create_all(connection)
-                found = connection.execute(sa.select(_format.c.version)).scalars().all()
-                if not found:
-                    holds_objects = connection.execute(sa.select(sa.func.count()).select_from(_objects)).scalar_one()
-                    if holds_objects:
-                        raise SparkFSError.of("SFS-302", "The registry has lost its format mark.", fix="restore a backup")
-                    connection.execute(_format.insert().values(version=FORMAT))
-                elif max(found) > FORMAT:
-                    raise InvalidError.of(
-                        "SFS-302",
-                        f"The registry has format {max(found)}; this spark_fs knows {FORMAT}.",
-                        fix="upgrade spark-fs",
-                    )
-        except IntegrityError:
-            return  # another process has just written the mark
-        except DatabaseError as error:
-            raise SparkFSError.of(
-                "SFS-302",
-                "The registry cannot be read.",
-                why=without_secrets(str(error.orig)),
-                where=without_secrets(self._url),
-                fix="restore it from a backup",
-            ) from error
+                there = set(sa.inspect(connection).get_table_names()) & set(_tables.tables)
+                if not there:
+                    _create_tables(connection)
+        except (IntegrityError, ProgrammingError):
+            there = set(_tables.tables)  # another process has made them in this very moment
+        if there and there != set(_tables.tables):
+            raise _damaged(f"It has lost {', '.join(sorted(set(_tables.tables) - there))}.")
+        with self._transaction() as connection:
+            found = connection.execute(sa.select(_format.c.version)).scalars().all()
+        if not found:
+            raise _damaged("It has lost its format mark.")
+        if max(found) > FORMAT:
+            raise InvalidError.of(
+                "SFS-302", f"The registry has format {max(found)}; this spark_fs knows {FORMAT}.", fix="upgrade spark-fs"
+            )
 
     def state(self) -> State:
         """The applied definitions, all from one moment."""
+        # One statement sees one moment, in both databases and at every isolation level.
+        joined = _serials.outerjoin(_objects, _serials.c.project == _objects.c.project)
+        query = sa.select(_serials.c.serial, _objects).select_from(joined).where(_serials.c.project == self.project)
         with self._transaction() as connection:
-            serial = connection.execute(sa.select(_serials.c.serial).where(_serials.c.project == self.project)).scalar() or 0
-            rows = connection.execute(sa.select(_objects).where(_objects.c.project == self.project)).all()
+            found = connection.execute(query).all()
+        try:
+            return self._state(found[0].serial if found else 0, [row for row in found if row.kind is not None])
+        except (ValueError, KeyError, TypeError) as error:
+            raise _damaged(f"An object in it cannot be read: {error}.") from error
+
+    def _state(self, serial: int, rows: Sequence[Any]) -> State:
         bodies = {(row.kind, row.name, row.version): json.loads(row.body) for row in rows}
         current = {(row.kind, row.name): row.version for row in rows if row.current}
         versions = {(name, n): ViewSpec.from_json(body) for (kind, name, n), body in bodies.items() if kind == "view"}
@@ -302,6 +309,13 @@ class Registry:
 
     def begin_build(self, view: ViewSpec, interval: Interval) -> int:
         """Note that a build has begun and return its number, greater than all before it for this view version."""
+        while True:
+            try:
+                return self._insert_build(view, interval)
+            except IntegrityError:
+                continue  # another process has just taken this number: the next one is free or somebody else's
+
+    def _insert_build(self, view: ViewSpec, interval: Interval) -> int:
         mine = self._of(_builds, view)
         with self._transaction() as connection:
             number = sa.select(sa.func.coalesce(sa.func.max(_builds.c.build), 0) + 1).where(mine).scalar_subquery()
@@ -361,6 +375,12 @@ class Registry:
 
     def set_watermark(self, view: ViewSpec, watermark: Watermark) -> None:
         """Note what has been published; it never moves back to an older table version."""
+        try:
+            self._set_watermark(view, watermark)
+        except IntegrityError:
+            self._set_watermark(view, watermark)  # another process has just written the first one: now there is one to move
+
+    def _set_watermark(self, view: ViewSpec, watermark: Watermark) -> None:
         values = {"table_version": watermark.table_version, "end_us": to_micros(watermark.end)}
         mine = self._of(_watermarks, view)
         with self._transaction() as connection:
@@ -441,6 +461,37 @@ class Registry:
     def _of(self, table: sa.Table, view: ViewSpec) -> sa.ColumnElement[bool]:
         columns = table.c
         return (columns.project == self.project) & (columns.view == view.name) & (columns.version == view.version)
+
+
+def _prepare_file(file: Path) -> None:
+    """Make the file of a SQLite registry where there is none, whole from its first moment: nobody sees half of one.
+
+    A file too short to be a database has lost its content (SQLite would take it for a new one): SFS-302.
+    """
+    file.parent.mkdir(parents=True, exist_ok=True)
+    if file.exists():
+        if file.stat().st_size < 512:
+            raise _damaged(f"{file} has only {file.stat().st_size} bytes.")
+        return
+    made = file.with_name(f".{file.name}.{uuid.uuid4().hex}")
+    engine = sa.create_engine(f"sqlite:///{made}")
+    try:
+        with engine.begin() as connection:
+            _create_tables(connection)
+        engine.dispose()
+        with suppress(FileExistsError):  # another process was first
+            os.link(made, file)
+    finally:
+        made.unlink(missing_ok=True)
+
+
+def _create_tables(connection: sa.Connection) -> None:
+    _tables.create_all(connection)
+    connection.execute(_format.insert().values(version=FORMAT))
+
+
+def _damaged(why: str) -> SparkFSError:
+    return SparkFSError.of("SFS-302", "The registry cannot be read.", why=why, fix="restore it from a backup")
 
 
 def _now() -> str:

@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-import ast
-import hashlib
 import importlib
 import importlib.util
-import inspect
 import re
 import sys
-import textwrap
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -20,6 +16,7 @@ from types import FunctionType
 from typing import Any
 from zoneinfo import ZoneInfo, ZoneInfoNotFoundError
 
+from spark_fs.config import SECRET_NAME
 from spark_fs.definitions import (
     DataSource,
     Definition,
@@ -33,13 +30,15 @@ from spark_fs.definitions import (
 )
 from spark_fs.definitions import Field as FieldDefinition
 from spark_fs.errors import InvalidError, Problem, did_you_mean
-from spark_fs.spec import Column, ServiceSpec, ServiceView, SourceSpec, TransformationSpec, ViewSpec
+from spark_fs.spec import Column, ServiceSpec, ServiceView, SourceSpec, ViewSpec
+from spark_fs.transformations import transformation_spec
 from spark_fs.types import KEY_KINDS
 
 #: Columns that feature tables and training sets add; no key or feature may be called so.
 RESERVED = frozenset({"event_timestamp", "created_timestamp", "source"})
+#: A password inside an address or a connection string.
+_SECRET_VALUE = re.compile(r"://[^/\s:@]*:[^/\s@$]+@|(password|pwd|secret|token)=[^&;\s$]", re.IGNORECASE)
 _NAME = re.compile(r"[A-Za-z][A-Za-z0-9_]{0,127}")
-_SECRET_OPTION = re.compile(r"password|passwd|secret|token|credential|private.?key|access.?key", re.IGNORECASE)
 
 _KINDS: dict[type[Definition], str] = {
     Entity: "Entity",
@@ -89,7 +88,7 @@ def _run_files(files: Iterable[Path], folder: Path, problems: list[Problem]) -> 
         for file in files:
             try:
                 importlib.import_module(file.stem)
-            except Exception as error:  # noqa: BLE001  # any failure of users' code is a problem to list, whatever it is
+            except (Exception, SystemExit) as error:  # noqa: BLE001  # any failure of users' code is a problem to list, whatever it is
                 problems.append(_code_problem(error, folder))
 
 
@@ -102,9 +101,12 @@ def _importable(folder: Path) -> Iterator[None]:
     before = set(sys.modules)
     shadowed = {name: sys.modules.pop(name) for name in {f.stem for f in folder.glob("*.py")} if name in sys.modules}
     sys.path.insert(0, str(folder))
+    # Compiled files are told apart by second and length only: an edit in a notebook could be missed.
+    writes_bytecode, sys.dont_write_bytecode = sys.dont_write_bytecode, True
     try:
         yield
     finally:
+        sys.dont_write_bytecode = writes_bytecode
         sys.path.remove(str(folder))
         for name in set(sys.modules) - before | set(shadowed):
             file = getattr(sys.modules.get(name), "__file__", None) or ""
@@ -113,7 +115,7 @@ def _importable(folder: Path) -> Iterator[None]:
         sys.modules.update(shadowed)
 
 
-def _code_problem(error: Exception, folder: Path) -> Problem:
+def _code_problem(error: BaseException, folder: Path) -> Problem:
     if isinstance(error, SyntaxError):
         return Problem("SFS-110", f"A file is not valid Python: {error.msg}.", where=f"{error.filename}:{error.lineno}")
     frames = [frame for frame in traceback.extract_tb(error.__traceback__) if frame.filename.startswith(str(folder))]
@@ -144,9 +146,11 @@ class _Checker:
         by_name: dict[str, Definition] = {}
         folded: dict[str, Definition] = {}
         for definition in found:
-            if not isinstance(definition, kind):
+            if not isinstance(definition, kind) or not definition.name:
                 continue
-            if (first := folded.get(str(definition.name).lower())) is not None:
+            if (first := folded.get(definition.name.lower())) is not None:
+                if first.where == definition.where and first == definition:
+                    continue  # its file failed further down, and was run again by a file that imports it
                 self._add(
                     "SFS-104",
                     definition,
@@ -155,7 +159,7 @@ class _Checker:
                     "rename one of them",
                 )
                 continue
-            folded[str(definition.name).lower()] = by_name[definition.name] = definition
+            folded[definition.name.lower()] = by_name[definition.name] = definition
         return by_name
 
     def _check(self, definition: Definition) -> None:
@@ -183,7 +187,7 @@ class _Checker:
 
     def _check_columns(self, definition: Definition, fields: Iterable[FieldDefinition], kind: str) -> None:
         seen: set[str] = set()
-        for column in fields:
+        for column in (column for column in fields if not column.rejected):
             self._check_name(definition, kind, column.name)
             if column.name.lower() in RESERVED:
                 self._add(
@@ -236,13 +240,24 @@ class _Checker:
                 fix="use an IANA name such as America/New_York",
             )
         for option, value in getattr(source, "options", {}).items():
-            if _SECRET_OPTION.search(option) and not re.fullmatch(r"\$\{[A-Za-z_][A-Za-z0-9_]*\}", value):
+            named = SECRET_NAME.search(option) and not re.fullmatch(r"\$\{[A-Za-z_][A-Za-z0-9_]*\}", value)
+            if named or _SECRET_VALUE.search(value):
                 self._add(
                     "SFS-117",
                     source,
                     f"Source '{source.name}' has a secret in plain text in option '{option}'.",
                     "Definitions are stored in the registry.",
                     "write ${VARIABLE} and set it where the job runs",
+                )
+
+        for part in ("path", "query"):
+            if _SECRET_VALUE.search(getattr(source, part, None) or ""):
+                self._add(
+                    "SFS-117",
+                    source,
+                    f"Source '{source.name}' has a secret in plain text in its {part}.",
+                    "Definitions are stored in the registry.",
+                    "put it into an option as ${VARIABLE}, or into Spark's settings",
                 )
 
     def _check_view(self, view: FeatureView) -> None:
@@ -265,7 +280,8 @@ class _Checker:
                 keys += [key.name for key in entity.join_keys]
         for key in sorted({key for key in keys if keys.count(key) > 1}):
             self._add("SFS-108", view, f"Two entities of feature view '{view.name}' share the join key '{key}'.")
-        for name in sorted({column.name for column in view.schema} & set(keys)):
+        folded = {key.lower() for key in keys}
+        for name in sorted({column.name for column in view.schema if column.name.lower() in folded}):
             self._add("SFS-107", view, f"'{name}' is both a join key and a feature of view '{view.name}'.")
         source_name = view.source if isinstance(view.source, str) else view.source.name
         if source_name not in self.sources:
@@ -364,7 +380,7 @@ class _Checker:
             features=tuple(Column(column.name, column.dtype) for column in view.schema),
             source=sources[view.source if isinstance(view.source, str) else view.source.name],
             ttl=view.ttl or None,
-            transformation=_transformation_spec(view.transformation, self.folder),
+            transformation=transformation_spec(view.transformation, self.folder),
             online=view.online,
             description=view.description,
             owner=view.owner,
@@ -408,49 +424,3 @@ def _service_spec(service: FeatureService) -> ServiceSpec:
         ServiceView(item.view, 0, item.features or (), item.alias, dict(item.join_key_map)) for item in service.features
     )
     return ServiceSpec(service.name, views, service.description, service.owner, dict(service.tags))
-
-
-def _transformation_spec(transformation: str | Callable[..., Any] | None, folder: Path) -> TransformationSpec | None:
-    if transformation is None:
-        return None
-    if isinstance(transformation, str):
-        text = textwrap.dedent(transformation).strip()
-        return TransformationSpec("sql", text, _sha256(" ".join(text.split())))
-    assert isinstance(transformation, FunctionType)
-    sources = _source_texts(transformation, folder)
-    digest = _sha256("\n".join(ast.dump(ast.parse(source)) for source in sources))
-    address = f"{Path(inspect.getfile(transformation)).name}:{transformation.__qualname__}"
-    return TransformationSpec("python", "\n\n".join(sources), digest, address)
-
-
-def _source_texts(function: FunctionType, folder: Path) -> list[str]:
-    """The source of the function, of the repository's functions that it calls, and of the constants they use."""
-    texts: dict[str, str] = {}
-    todo: list[FunctionType] = [function]
-    while todo:
-        current = todo.pop(0)
-        if current.__qualname__ in texts:
-            continue
-        texts[current.__qualname__] = textwrap.dedent(inspect.getsource(current))
-        for name in sorted(_global_names(current)):
-            value = current.__globals__.get(name)
-            if isinstance(value, FunctionType) and Path(inspect.getfile(value)).parent == folder:
-                todo.append(value)
-            elif isinstance(value, str | int | float | bool | tuple | list | dict | frozenset | timedelta):
-                texts.setdefault(name, f"{name} = {sorted(value) if isinstance(value, frozenset) else value!r}")
-    return list(texts.values())
-
-
-def _global_names(function: FunctionType) -> set[str]:
-    """Names of globals that the function's code, nested functions included, refers to."""
-    names: set[str] = set()
-    codes = [function.__code__]
-    while codes:
-        code = codes.pop()
-        names |= set(code.co_names)
-        codes += [constant for constant in code.co_consts if inspect.iscode(constant)]
-    return names
-
-
-def _sha256(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()

@@ -40,6 +40,9 @@ _LOCAL = {
     "spark.ui.enabled": "false",
 }
 
+#: Settings that are lists: ours and the configuration's both count. To their separator.
+_JOINED = {"spark.jars": ",", "spark.driver.extraJavaOptions": " "}
+
 
 def spark_conf(environment: Environment) -> dict[str, str]:
     """Every Spark setting of a job in this environment: ours, then the configuration's, which win."""
@@ -53,9 +56,13 @@ def spark_conf(environment: Environment) -> dict[str, str]:
     found = jars.paths(environment.state_dir / "jars")
     if found:
         conf["spark.jars"] = ",".join(str(jar) for jar in found)
+    log4j = environment.root / "conf" / "log4j2.properties"
+    if log4j.is_file() and spark.deploy_mode == "client":
+        conf["spark.driver.extraJavaOptions"] = f"-Dlog4j2.configurationFile={log4j.as_uri()}"
     configured = {key: str(value).lower() if isinstance(value, bool) else str(value) for key, value in spark.conf.items()}
-    if "spark.jars" in conf and "spark.jars" in configured:
-        configured["spark.jars"] = f"{conf['spark.jars']},{configured['spark.jars']}"
+    for key, separator in _JOINED.items():
+        if key in conf and key in configured:
+            configured[key] = f"{conf[key]}{separator}{configured[key]}"
     return conf | configured
 
 

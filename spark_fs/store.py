@@ -78,7 +78,8 @@ class FeatureStore:
 
     def plan(self) -> Plan:
         """What ``apply`` would change; changes nothing."""
-        return make_plan(self.registry.state(), self.load_repository())
+        repository = self.load_repository()  # first: what is invalid must not even create a registry
+        return make_plan(self.registry.state(), repository)
 
     def apply(self, plan: Plan | None = None) -> Plan:
         """Carry out a plan (default: a new one) and return it. ConflictError if the registry has moved since it was made."""
@@ -161,13 +162,13 @@ class FeatureStore:
 
     def materialize(self, start: datetime, end: datetime, views: Iterable[str] | None = None) -> list[MaterializeResult]:
         """Publish the newest row of each key with an event time in ``[start, end)``; builds what is missing of it first."""
-        return self._materialize(Interval(start, end), views, incremental=False)
+        return self._materialize(_interval(start, end), views, incremental=False)
 
     def materialize_incremental(
         self, end: datetime | None = None, views: Iterable[str] | None = None
     ) -> list[MaterializeResult]:
         """Publish what is new since the last incremental run, up to ``end`` (exclusive; default: now); builds first."""
-        return self._materialize(Interval(BEGINNING, end or datetime.now(timezone.utc)), views, incremental=True)
+        return self._materialize(_interval(BEGINNING, end or datetime.now(timezone.utc)), views, incremental=True)
 
     def get_online_features(
         self,
@@ -326,11 +327,25 @@ class FeatureStore:
         )
 
 
+def parse_reference(reference: str) -> tuple[str, int | None]:
+    """Name and version of ``view`` or ``view@2``; SFS-511 if the version is no number."""
+    name, at, version = reference.partition("@")
+    if at and not (version.isascii() and version.isdigit()):
+        raise InvalidError.of("SFS-511", f"'{reference}' does not name a view.", fix="write view or view@2")
+    return name, int(version) if at else None
+
+
+def _interval(start: datetime, end: datetime) -> Interval:
+    try:
+        return Interval(start, end)
+    except ValueError as error:
+        raise InvalidError.of("SFS-409", f"This is no interval: {error}.") from error
+
+
 def _choose(state: State, names: Iterable[str] | None, *, online: bool = False) -> list[ViewSpec]:
     """The named views, else all current ones and the older versions that services still use."""
     if names is not None:
-        parsed = [name.partition("@") for name in names]
-        chosen = [state.require_view(name, int(version) if version else None) for name, _, version in parsed]
+        chosen = [state.require_view(*parse_reference(name)) for name in names]
         offline_only = [view.name for view in chosen if online and not view.online]
         if offline_only:
             raise InvalidError.of("SFS-605", f"Not for online use: {', '.join(offline_only)}.", fix="set online=True and apply")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import os
-import re
 import shlex
 import subprocess
 import sys
@@ -22,8 +21,6 @@ from spark_fs.session import spark_conf
 
 #: Settings of the JVM that must be known before it starts; they have switches of their own.
 _SWITCHES = {"spark.driver.memory": "--driver-memory"}
-#: Settings that hold secrets, by the words that Spark too goes by (spark.redaction.regex).
-_SECRET = re.compile(r"secret|password|token|access[.]?key", re.IGNORECASE)
 _STDERR = 2
 
 
@@ -75,21 +72,12 @@ def job_file(job: str) -> Path:
 def submit_command(environment: Environment, file: Path | str, arguments: Sequence[str]) -> SubmitCommand:
     """The command that runs a PySpark file with the environment's Spark settings.
 
-    Settings that hold secrets are left out, for anyone on the machine may read a command line; a session that the file
-    starts by ``FeatureStore(…).spark``, as our jobs do, has them. Uses $SPARK_HOME where set, else the installed pyspark.
-    Raises InvalidError SFS-702 if there is neither.
+    Uses $SPARK_HOME where set, else the installed pyspark. Raises InvalidError SFS-702 if there is neither.
     """
     spark = environment.config.spark
     argv = [_spark_submit(), "--master", spark.master, "--deploy-mode", spark.deploy_mode]
     argv += ["--name", f"spark_fs {environment.config.project} {Path(file).stem}"]
-    log4j = environment.root / "conf" / "log4j2.properties"
-    conf = spark_conf(environment)
-    if log4j.is_file() and spark.deploy_mode == "client":
-        options = conf.get("spark.driver.extraJavaOptions", "")
-        conf["spark.driver.extraJavaOptions"] = f"{options} -Dlog4j2.configurationFile={log4j.as_uri()}".strip()
-    for key, value in sorted(conf.items()):
-        if _SECRET.search(key):
-            continue
+    for key, value in sorted(spark_conf(environment).items()):
         argv += [_SWITCHES[key], value] if key in _SWITCHES else ["--conf", f"{key}={value}"]
     return SubmitCommand((*argv, str(file), *arguments))
 

@@ -78,5 +78,5 @@ def create(folder: Path) -> Iterator[str]:
 
 
 def _project_name(folder: Path) -> str:
-    name = "".join(letter if letter.isalnum() else "_" for letter in folder.resolve().name).strip("_")
-    return name if name[:1].isalpha() else f"project_{name}"
+    name = "".join(letter if letter.isascii() and letter.isalnum() else "_" for letter in folder.resolve().name).strip("_")
+    return (name if name[:1].isalpha() else f"project_{name}")[:64]

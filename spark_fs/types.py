@@ -64,7 +64,10 @@ class ValueType:
     def from_text(self, text: str) -> Any:
         """The Python value of a join key written as text, such as on a command line; ValueError if it is none."""
         if self.kind in ("int32", "int64"):
-            return int(text)
+            number, bits = int(text), 31 if self.kind == "int32" else 63
+            if not -(2**bits) <= number < 2**bits:
+                raise ValueError(f"{text} is beyond {self}")
+            return number
         if self.kind == "bool" and text in ("true", "false"):
             return text == "true"
         if self.kind == "timestamp":

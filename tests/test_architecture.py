@@ -19,10 +19,12 @@ PACKAGE = ROOT / "spark_fs"
 
 #: Each module imports only what stands before it.
 ORDER = [
-    "errors", "intervals", "types", "spec", "definitions", "config", "repo", "registry", "plan", "jars", "session",
+    "errors", "intervals", "types", "spec", "definitions", "config", "transformations", "repo", "registry", "plan",
+    "jars", "session",
     "offline.compute", "offline.tables", "offline.asof_plan", "offline.asof", "offline.spines", "offline.datasets",
-    "online.codec", "online.encode", "online.redis_store", "online.server", "online.read",
-    "doctor", "build", "materialize", "store", "console", "submit", "template", "cli",
+    "online.codec", "online.encode", "online.redis_store", "online.executor", "online.server", "online.read",
+    "doctor", "build", "materialize", "store", "console", "submit", "template",
+    "command", "machine", "cli",
 ]  # fmt: skip
 
 FILES = {".".join(file.relative_to(PACKAGE).with_suffix("").parts): file for file in sorted(PACKAGE.rglob("*.py"))}

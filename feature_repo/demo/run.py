@@ -19,10 +19,9 @@ from typing import Any
 
 from compare import DEPARTS_ON, ENTITIES, SERVICE, compare
 from prepare import RAW, prepare
-from spine import spine
-
 from spark_fs import FeatureStore
 from spark_fs.intervals import parse_instant
+from spine import spine
 
 #: The end of the data: the last flight of 2013 has landed before.
 END = "2014-01-02"

@@ -17,7 +17,7 @@ from pyspark.sql import Column as SparkColumn
 from pyspark.sql import DataFrame, Observation, SparkSession
 from pyspark.sql import functions as F
 
-from spark_fs.errors import ConflictError, InvalidError
+from spark_fs.errors import ConflictError, InvalidError, translated
 from spark_fs.intervals import BEGINNING, Interval, covers
 from spark_fs.offline.asof import AsofPlan, AsofView, SpineStats, execute, plan_asof, spine_stats
 from spark_fs.offline.compute import Transform, acceptable, feature_frame
@@ -129,7 +129,8 @@ class RetrievalJob:
 
     def to_arrow(self) -> pyarrow.Table:
         """The result as an Arrow table, in this process's memory; timestamps with time zone UTC."""
-        found = self.to_spark_df().toArrow()
+        with translated():
+            found = self.to_spark_df().toArrow()
         return found.cast(_in_utc(found.schema))
 
     def to_polars(self) -> polars.DataFrame:
@@ -202,7 +203,8 @@ class RetrievalJob:
         """Write the result as the next version of dataset ``name`` and return it.
 
         Runs the join once; content checksum, row count and nulls per column are counted in the same pass. What is there
-        stays: each save is one more Delta version. Raises InvalidError SFS-509 for a name that cannot be one.
+        stays: each save is one more Delta version. Raises InvalidError SFS-509 for a name that cannot be one, and
+        ConflictError SFS-410 if another save of the dataset came first.
         """
         if not name.isidentifier() or name.startswith("_"):
             raise InvalidError.of(
@@ -215,9 +217,9 @@ class RetrievalJob:
         path = f"{self._store.root}/{registry.project}/_datasets/{name}"
         frame, counts, save_id = self.to_spark_df(), Observation(), uuid.uuid4().hex
         measures = _content(frame, self._spine.columns)
-        delta_version = write_dataset(
-            frame.observe(counts, *measures), path, {"dataset": name, "save_id": save_id}, f"spark_fs:{save_id}"
-        )
+        note = {"dataset": name, "save_id": save_id}
+        with translated():
+            delta_version = write_dataset(frame.observe(counts, *measures), path, note, f"spark_fs:{save_id}")
         content = self._manifest(name, frame, observed(counts, frame, measures), path, delta_version)
         content |= {"save_id": save_id, "description": description, "tags": dict(tags or {})}
         manifest = _register(registry, content)

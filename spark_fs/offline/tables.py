@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ from delta.tables import DeltaTable
 from py4j.protocol import Py4JJavaError
 from pyarrow import fs
 from pyspark.sql import Column, DataFrame, Observation, SparkSession
+from pyspark.sql import functions as F
 from pyspark.sql.types import DataType, IntegerType, StructType
 
 from spark_fs.config import resolve_variables
@@ -38,6 +40,11 @@ _NO_SESSION_ZONE = {
     "jdbc": {"preferTimestampNTZ": "true"},
 }
 
+#: Properties of dataset tables: their old versions are to be read for years, not for Delta's 7 and 30 days.
+_KEEP_VERSIONS = {
+    "delta.logRetentionDuration": "interval 3650 days",
+    "delta.deletedFileRetentionDuration": "interval 3650 days",
+}
 #: Operations of Delta that leave the rows of a table as they are.
 _NO_NEW_ROWS = frozenset({"OPTIMIZE", "VACUUM START", "VACUUM END", "SET TBLPROPERTIES", "CREATE TABLE"})
 
@@ -76,7 +83,8 @@ def _naming(source: SourceSpec) -> Iterator[None]:
 def _why(error: BaseException) -> str:
     """What the error says, and what the one at its root says: a driver's own words are often only there."""
     root = error
-    while (cause := getattr(root, "cause", None) or root.__cause__) is not None:
+    # pyspark keeps the JVM's causes in an attribute of its own.
+    while (cause := getattr(root, "_cause", None) or root.__cause__) is not None:
         root = cause
     lines = [next(iter(str(each).strip().splitlines()), type(each).__name__) for each in (error, root)]
     return without_secrets(" ".join(dict.fromkeys(lines)))
@@ -87,7 +95,7 @@ def _read(spark: SparkSession, source: SourceSpec, location: str | None) -> Data
     options = _resolved(source)
     if source.kind == "delta":
         if source.table:
-            version = _newest(DeltaTable.forName(spark, source.table))
+            version = _version(DeltaTable.forName(spark, source.table).history(1))
             return spark.read.option("versionAsOf", version).table(source.table)
         assert path is not None
         return spark.read.format("delta").option("versionAsOf", table_version(spark, path)).load(path)
@@ -138,18 +146,48 @@ def _state(spark: SparkSession, source: SourceSpec, path: str | None) -> str | N
 
 def table_version(spark: SparkSession, path: str) -> int:
     """The newest version of the Delta table at ``path``."""
-    return _newest(DeltaTable.forPath(spark, path))
+    return _version(DeltaTable.forPath(spark, path).history(1))
 
 
-def _newest(table: DeltaTable) -> int:
-    newest = table.history(1).select("version").first()
-    assert newest is not None  # a Delta table has at least one version
-    return int(newest["version"])
+def _version(history: DataFrame) -> int:
+    commit = history.select("version").first()
+    assert commit is not None  # a Delta table has at least one version
+    return int(commit["version"])
 
 
 def feature_table_path(root: str, view: ViewSpec) -> str:
     """Where the feature table of a view version lies."""
     return f"{root}/{view.project}/{view.name}/v{view.version}"
+
+
+@dataclass(frozen=True, slots=True)
+class Commit:
+    """One version of a feature table: what made it, and the number of the build if it was one."""
+
+    version: int
+    operation: str
+    build: int | None
+
+
+def builds_since(log: Sequence[Commit], version: int) -> set[int] | None:
+    """The builds committed after ``version``; None where the log cannot tell, so that anything may be new.
+
+    The log (newest first) tells unless it was cleaned up that far, or somebody else changed the table's data.
+    """
+    commits = [commit for commit in log if commit.version > version]
+    changes = [commit.build for commit in commits if commit.operation not in _NO_NEW_ROWS]
+    if len(commits) != log[0].version - version or None in changes:
+        return None
+    return {build for build in changes if build is not None}
+
+
+def can_be_read_in_place(log: Sequence[Commit]) -> bool:
+    """Whether in each data file the rows of a key stand together, newest last, and no other file has that key.
+
+    So a build writes them (``compute.settle``), one file a bucket. It holds while nothing but one build has written files.
+    """
+    writers = [commit for commit in log if commit.operation not in _NO_NEW_ROWS or commit.operation == "OPTIMIZE"]
+    return len(log) == log[0].version + 1 and len(writers) == 1 and writers[0].build is not None
 
 
 @dataclass(frozen=True)
@@ -193,22 +231,17 @@ class FeatureTable:
         """The newest version of the table."""
         return table_version(self.spark, self.path)
 
-    def builds_since(self, version: int, until: int) -> set[int] | None:
-        """The builds committed after ``version``, up to ``until``; None where the log cannot tell, so anything may be new.
-
-        The log tells unless it was cleaned up that far, or somebody else changed the table's data.
-        """
+    def commits(self) -> list[Commit]:
+        """The commits in the table's log, newest first."""
         history = DeltaTable.forPath(self.spark, self.path).history().select("version", "operation", "userMetadata")
-        commits = [row for row in history.collect() if version < row.version <= until]
-        builds: set[int] = set()
-        for commit in commits:
-            if commit.operation in _NO_NEW_ROWS:
-                continue
-            build = json.loads(commit.userMetadata or "{}").get("build")
-            if build is None:
-                return None
-            builds.add(build)
-        return builds if len(commits) == until - version else None
+        return [
+            Commit(row["version"], row["operation"], json.loads(row["userMetadata"] or "{}").get("build"))
+            for row in history.collect()
+        ]
+
+    def data_files(self, version: int) -> list[str]:
+        """The URIs of the table's data files at a version. Starts no job."""
+        return self.read(version).inputFiles()
 
     def read(self, version: int | None = None) -> DataFrame:
         """The table's rows at a version (default: the newest)."""
@@ -224,7 +257,8 @@ class FeatureTable:
             rows.write.format("delta")
             .mode("overwrite")
             .option("replaceWhere", predicate)
-            .option("txnAppId", f"spark_fs:{self.view.project}:{self.view.reference}:build-{build}")
+            # Unique for ever: with a registry made anew, build numbers begin again, and Delta skips what it knows.
+            .option("txnAppId", f"spark_fs:{self.view.reference}:build-{build}:{uuid.uuid4().hex}")
             .option("txnVersion", 1)
             .option("userMetadata", json.dumps(dict(note)))
             .save(self.path)
@@ -246,19 +280,24 @@ def observed(counts: Observation, frame: DataFrame, columns: Sequence[Column]) -
 
 
 def write_dataset(rows: DataFrame, path: str, note: Mapping[str, Any], transaction: str) -> int:
-    """Write a training dataset as the next Delta version of the table at ``path`` and return that version."""
-    spark = rows.sparkSession
+    """Write a training dataset as the next Delta version of the table at ``path`` and return that version.
+
+    ``note`` must be unlike that of any other write.
+    """
+    metadata = json.dumps(dict(note))
     (
         rows.write.format("delta")
         .mode("overwrite")
         .option("overwriteSchema", "true")
         .option("txnAppId", transaction)
         .option("txnVersion", 1)
-        .option("userMetadata", json.dumps(dict(note)))
-        .options(**_PROPERTIES)
+        .option("userMetadata", metadata)
+        .options(**_PROPERTIES, **_KEEP_VERSIONS)
         .save(path)
     )
-    return table_version(spark, path)
+    # Not simply the newest: another save may have come in between.
+    history = DeltaTable.forPath(rows.sparkSession, path).history()
+    return _version(history.where(F.col("userMetadata") == metadata))
 
 
 def read_dataset(spark: SparkSession, path: str, version: int) -> DataFrame:

@@ -182,19 +182,6 @@ def write_batches(batches: Iterator[pa.RecordBatch], target: OnlineTarget) -> Wr
         return writer.finish()
 
 
-def write_partition(batches: Iterator[pa.RecordBatch], target: OnlineTarget) -> Iterator[pa.RecordBatch]:
-    """``write_batches`` as Spark's ``mapInArrow`` wants it: yields one row, the ``COUNTS``.
-
-    Errors are ours, for the driver sees only their text. It stands here so that an executor needs no more than this module
-    does: the standard library, pyarrow, numpy and redis.
-    """
-    import pyarrow as pa
-
-    with redis_errors():
-        counts = write_batches(batches, target)
-    yield pa.RecordBatch.from_pylist([{name: getattr(counts, name) for name in COUNTS}])
-
-
 # ---- rows → calls
 
 

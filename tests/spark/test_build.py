@@ -135,12 +135,13 @@ def test_rows_that_no_table_can_hold_are_set_aside_and_counted(spark: SparkSessi
         (at(0), datetime.now(UTC) + timedelta(days=3), "SFS-408"),
         (at(2), at(2), "SFS-409"),
         (at(3), at(2), "SFS-409"),
+        (None, datetime(2024, 1, 1), "SFS-409"),  # noqa: DTZ001  # what is to be refused
     ],
 )
 def test_an_impossible_interval_is_refused_before_anything_is_written(
     store: FeatureStore, start: datetime | None, end: datetime, code: str
 ):
-    """An end far in the future, and a start that is not before the end, leave neither a table nor a note of a build."""
+    """An end far in the future, a start not before the end, a time without zone: no table, and no note of a build."""
     with pytest.raises(InvalidError) as caught:
         store.build(start=start, end=end)
     assert (caught.value.code, caught.value.exit_code) == (code, ExitCode.INVALID)

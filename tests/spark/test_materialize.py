@@ -8,6 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import date, datetime, timedelta, timezone
 from decimal import Decimal
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +23,9 @@ from spark_fs import FeatureStore
 from spark_fs.build import build_interval
 from spark_fs.errors import ExitCode, InvalidError, PartlyDoneError, SparkFSError, UnavailableError
 from spark_fs.intervals import Interval
-from spark_fs.materialize import MaterializeResult, write_online
+from spark_fs.materialize import MaterializeResult
 from spark_fs.offline.tables import FeatureTable, feature_table_path
-from spark_fs.online import server
+from spark_fs.online import executor, server
 from spark_fs.online.redis_store import OnlineTarget
 from spark_fs.registry import Registry
 from spark_fs.spec import ViewSpec
@@ -547,7 +548,10 @@ def test_a_worker_holds_a_batch_not_its_partition(folder: Path, spark: SparkSess
             F.col("id").alias("n"),
             F.repeat(F.lit("x"), 100).alias("s"),
         )
-        assert write_online(frame, target).rows == rows
+        measures = ", ".join(f"{name} bigint" for name in executor.MEASURES)
+        written = frame.mapInArrow(partial(executor.publish_rows, target=target), measures).first()
+        assert written is not None
+        assert written["rows_read"] == rows
         return peak_bytes(spark)
 
     small, large = peak_of(200_000), peak_of(2_000_000)

@@ -271,7 +271,7 @@ def with_secrets(tmp_path, monkeypatch) -> Environment:
     monkeypatch.setenv("PASSWORD", SECRET)
     base = (
         "registry:\n  url: postgresql://me:${PASSWORD}@host/db\nonline:\n  url: rediss://me:${PASSWORD}@host:6379/0\n"
-        "spark:\n  conf:\n    spark.hadoop.fs.s3a.secret.key: ${PASSWORD}\n"
+        "spark:\n  conf:\n    spark.example.address: jdbc:example://me:${PASSWORD}@host\n"
     )
     return load_environment(project(tmp_path, base))
 
@@ -284,7 +284,7 @@ def test_no_secret_is_printed_with_an_environment(with_secrets):
 
 def test_no_secret_is_printed_with_a_configuration(with_secrets):
     """Addresses and Spark settings are where people put them."""
-    assert with_secrets.config.spark.conf["spark.hadoop.fs.s3a.secret.key"] == SECRET
+    assert SECRET in str(with_secrets.config.spark.conf["spark.example.address"])
     assert SECRET not in repr(with_secrets.config)
     assert SECRET not in str(with_secrets.config)
 
@@ -303,3 +303,21 @@ def test_no_secret_is_printed_with_a_problem(tmp_path, monkeypatch):
     while error is not None:
         assert SECRET not in str(error)
         error = error.__cause__ or error.__context__
+
+
+@pytest.mark.parametrize("name", ["spark.hadoop.fs.s3a.secret.key", "spark.ssl.keyPassword", "spark.example.authToken"])
+def test_a_secret_among_the_settings_of_spark_is_refused_without_showing_it(tmp_path, monkeypatch, name):
+    """SFS-209: such settings end up on command lines, in logs and in Spark's own pages."""
+    monkeypatch.setenv("PASSWORD", SECRET)
+    root = project(tmp_path, f"spark:\n  conf:\n    {name}: ${{PASSWORD}}\n")
+    assert problems_of(root) == [("SFS-209", "conf/base.yml:4")]
+    assert name in message_of(root)
+    assert SECRET not in message_of(root)
+
+
+def test_the_name_of_a_credential_provider_is_no_secret(tmp_path):
+    """It says how Spark finds the secret by itself."""
+    name = "spark.hadoop.fs.s3a.aws.credentials.provider"
+    assert load_environment(project(tmp_path, f"spark:\n  conf:\n    {name}: com.example.P\n")).config.spark.conf == {
+        name: "com.example.P"
+    }

@@ -7,7 +7,7 @@ from itertools import pairwise
 from zoneinfo import ZoneInfo
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from spark_fs.intervals import BEGINNING, Interval, covers, from_micros, merge, missing, parse_instant, text, to_micros
@@ -32,6 +32,7 @@ zones = st.sampled_from([ZoneInfo(name) for name in ("UTC", "America/New_York", 
 instants = st.datetimes(datetime(1, 1, 3), datetime(9999, 12, 29), timezones=zones)  # noqa: DTZ001  # hypothesis adds the zone
 
 
+@settings(deadline=None)  # a busy machine is no failure
 @given(st.lists(intervals, max_size=8))
 def test_merge_keeps_the_instants_and_leaves_neither_overlap_nor_touch(given_intervals):
     """The result is the smallest sorted list with the same instants."""
@@ -40,6 +41,7 @@ def test_merge_keeps_the_instants_and_leaves_neither_overlap_nor_touch(given_int
     assert all(before.end < after.start for before, after in pairwise(merged))
 
 
+@settings(deadline=None)  # a busy machine is no failure
 @given(intervals, st.lists(intervals, max_size=8))
 def test_missing_is_the_difference_of_sets(wanted, done):
     """In order, without overlap, never outside of what is wanted."""
@@ -48,12 +50,14 @@ def test_missing_is_the_difference_of_sets(wanted, done):
     assert gaps == merge(gaps)
 
 
+@settings(deadline=None)  # a busy machine is no failure
 @given(intervals, st.lists(intervals, max_size=8))
 def test_covers_is_inclusion_of_sets(wanted, done):
     """Covered is what leaves nothing missing."""
     assert covers(done, wanted) == (ticks([wanted]) <= ticks(done))
 
 
+@settings(deadline=None)  # a busy machine is no failure
 @given(intervals, st.lists(intervals, max_size=8))
 def test_doing_what_is_missing_leaves_nothing_missing(wanted, done):
     """So a build that ends makes the next one find nothing to do."""
@@ -86,18 +90,21 @@ def test_an_interval_reads_as_half_open():
     assert str(Interval(BEGINNING, at(1))) == "[beginning, 2013-07-01T00:00:00.000001Z)"
 
 
+@settings(deadline=None)  # a busy machine is no failure
 @given(instants)
 def test_the_text_of_an_instant_reads_back_exactly(instant):
     """To the microsecond, from any time zone, hours shown twice included."""
     assert parse_instant(text(instant)) == instant.astimezone(UTC)
 
 
+@settings(deadline=None)  # a busy machine is no failure
 @given(instants)
 def test_microseconds_read_back_exactly(instant):
     """Also before 1970, and far beyond what a double holds."""
     assert from_micros(to_micros(instant)) == instant.astimezone(UTC)
 
 
+@settings(deadline=None)  # a busy machine is no failure
 @given(instants, instants)
 def test_microseconds_keep_the_order_of_instants(one, other):
     """The codec and the build compare them as numbers; zones play no part."""

@@ -7,7 +7,7 @@ from dataclasses import replace
 from datetime import timedelta
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from spark_fs.errors import InvalidError
@@ -75,6 +75,7 @@ VIEW = ViewSpec(
 )
 
 
+@settings(deadline=None)  # a busy machine is no failure
 @given(views)
 def test_a_view_reads_back_from_its_json(view):
     """Through real JSON text; hashes are equal too."""
@@ -83,6 +84,7 @@ def test_a_view_reads_back_from_its_json(view):
     assert (again.definition_hash, again.content_hash) == (view.definition_hash, view.content_hash)
 
 
+@settings(deadline=None)  # a busy machine is no failure
 @given(services)
 def test_a_service_reads_back_from_its_json(service):
     """Through real JSON text; the declared hash is equal too."""
@@ -91,6 +93,7 @@ def test_a_service_reads_back_from_its_json(service):
     assert again.declared_hash == service.declared_hash
 
 
+@settings(deadline=None)  # a busy machine is no failure
 @given(mappings)
 def test_canonical_json_is_equal_for_equal_content(mapping):
     """The order in which keys were added leaves no trace."""

@@ -6,7 +6,7 @@ from datetime import date, datetime, timezone
 
 import pyarrow as pa
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from spark_fs import types as t
@@ -18,6 +18,7 @@ scalars = st.one_of(st.sampled_from(ARRAYS_OF), decimals)
 value_types = st.one_of(scalars, scalars.map(t.Array), st.integers(1, 65_536).map(t.Embedding))
 
 
+@settings(deadline=None)  # a busy machine is no failure
 @given(value_types)
 def test_the_text_of_a_type_reads_back_as_the_same_type(value_type):
     """What the registry stores as text is the whole type."""
@@ -25,12 +26,14 @@ def test_the_text_of_a_type_reads_back_as_the_same_type(value_type):
     assert t.as_value_type(value_type.name) == t.as_value_type(value_type) == value_type
 
 
+@settings(deadline=None)  # a busy machine is no failure
 @given(value_types)
 def test_a_column_of_the_types_own_spark_type_fits(value_type):
     """A view whose source has exactly the declared types is never refused."""
     assert value_type.accepts(value_type.spark)
 
 
+@settings(deadline=None)  # a busy machine is no failure
 @given(value_types)
 def test_the_arrow_type_has_the_width_that_the_codec_writes(value_type):
     """A fixed-width type is as wide in Arrow as online; a bool is a bit in Arrow, a variable type has no width."""
