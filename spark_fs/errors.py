@@ -207,6 +207,7 @@ _FOREIGN: tuple[tuple[str, str, Callable[[BaseException], SparkFSError]], ...] =
     ("redis", "ConnectionError", _redis_unreachable),
     ("redis", "TimeoutError", _redis_unreachable),
     ("", "No space left on device", _disk_full),
+    ("sqlalchemy", "database or disk is full", _disk_full),
     ("pyspark", "PATH_NOT_FOUND", _unreadable),
     ("pyspark", "DELTA_TABLE_NOT_FOUND", _unreadable),
     ("pyspark", "is not a Delta table", _unreadable),

@@ -20,7 +20,7 @@ from typing import Any
 import sqlalchemy as sa
 from sqlalchemy.exc import DatabaseError, IntegrityError, OperationalError, ProgrammingError
 
-from spark_fs.errors import ConflictError, InvalidError, SparkFSError, UnavailableError, did_you_mean, without_secrets
+from spark_fs.errors import ConflictError, InvalidError, SparkFSError, did_you_mean, translate, without_secrets
 from spark_fs.intervals import UTC, Interval, from_micros, merge, to_micros
 from spark_fs.spec import ServiceSpec, SourceSpec, ViewSpec, canonical_json
 
@@ -187,12 +187,7 @@ class Registry:
         except OperationalError as error:
             if "locked" in str(error):
                 raise ConflictError.of("SFS-306", "Another process holds the registry.", fix="try again") from error
-            raise UnavailableError.of(
-                "SFS-301",
-                "The registry's database does not answer.",
-                why=without_secrets(str(error.orig)),
-                fix="check registry.url",
-            ) from error
+            raise (translate(error) or error) from error
         except (IntegrityError, ProgrammingError):
             raise
         except DatabaseError as error:

@@ -21,15 +21,14 @@ from spark_fs.errors import ConflictError, InvalidError, translated
 from spark_fs.intervals import BEGINNING, Interval, covers
 from spark_fs.offline.asof import AsofPlan, AsofView, SpineStats, execute, plan_asof, spine_stats
 from spark_fs.offline.compute import Transform, acceptable, feature_frame
+from spark_fs.offline.files import feature_table_path, write_text
 from spark_fs.offline.tables import (
     FeatureTable,
-    feature_table_path,
     observed,
     read_dataset,
     read_source,
     source_state,
     write_dataset,
-    write_text,
 )
 from spark_fs.registry import Registry
 from spark_fs.spec import Selection, ViewSpec, output_names

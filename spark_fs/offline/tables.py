@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import PurePosixPath
 from typing import Any
 
 from delta.tables import DeltaTable
 from py4j.protocol import Py4JJavaError
-from pyarrow import fs
 from pyspark.sql import Column, DataFrame, Observation, SparkSession
 from pyspark.sql import functions as F
 from pyspark.sql.types import DataType, IntegerType, StructType
@@ -22,6 +19,7 @@ from pyspark.sql.types import DataType, IntegerType, StructType
 from spark_fs.config import resolve_variables
 from spark_fs.errors import InvalidError, SparkFSError, translate, without_secrets
 from spark_fs.intervals import BEGINNING, Interval, text
+from spark_fs.offline.files import listing_digest
 from spark_fs.spec import SourceSpec, ViewSpec
 
 #: Properties of every table of ours: any Delta reader can open it (no deletion vectors, no column mapping).
@@ -135,13 +133,7 @@ def _state(spark: SparkSession, source: SourceSpec, path: str | None) -> str | N
         return f"Delta version {table_version(spark, path)}"
     if source.kind != "file" or path is None:
         return None
-    system, inner = _file_system(path)
-    info = system.get_file_info(inner)
-    if info.type == fs.FileType.NotFound:
-        return None  # nothing there, or a path with wildcards
-    files = system.get_file_info(fs.FileSelector(inner, recursive=True)) if info.type == fs.FileType.Directory else [info]
-    listing = sorted(f"{file.path} {file.size} {file.mtime_ns}" for file in files)
-    return f"{len(listing)} files {hashlib.sha256(chr(10).join(listing).encode()).hexdigest()}"
+    return listing_digest(path)
 
 
 def table_version(spark: SparkSession, path: str) -> int:
@@ -153,11 +145,6 @@ def _version(history: DataFrame) -> int:
     commit = history.select("version").first()
     assert commit is not None  # a Delta table has at least one version
     return int(commit["version"])
-
-
-def feature_table_path(root: str, view: ViewSpec) -> str:
-    """Where the feature table of a view version lies."""
-    return f"{root}/{view.project}/{view.name}/v{view.version}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -303,30 +290,3 @@ def write_dataset(rows: DataFrame, path: str, note: Mapping[str, Any], transacti
 def read_dataset(spark: SparkSession, path: str, version: int) -> DataFrame:
     """The rows of a training dataset at a Delta version."""
     return spark.read.format("delta").option("versionAsOf", version).load(path)
-
-
-def write_text(path: str, content: str) -> None:
-    """Write a small text file at a local path or URI; a local one appears whole or not at all."""
-    system, inner = _file_system(path)
-    system.create_dir(str(PurePosixPath(inner).parent), recursive=True)
-    partial = f"{inner}.partial"
-    with system.open_output_stream(partial) as stream:
-        stream.write(content.encode())
-    system.move(partial, inner)
-
-
-def delete_folder(path: str) -> bool:
-    """Delete the folder at a local path or URI; False if there is none."""
-    system, inner = _file_system(path)
-    if system.get_file_info(inner).type == fs.FileType.NotFound:
-        return False
-    system.delete_dir(inner)
-    return True
-
-
-def _file_system(path: str) -> tuple[fs.FileSystem, str]:
-    """The file system of a local path or URI, and the path inside it."""
-    if "://" not in path:
-        return fs.LocalFileSystem(), path
-    found, inner = fs.FileSystem.from_uri(path)
-    return found, inner

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -20,6 +20,13 @@ KEY, EVENT, CREATED, BUILD = "_key", "event_timestamp", "created_timestamp", "_b
 _BINARY = pa.large_binary()
 _INSTANT = pa.timestamp("us", tz="UTC")
 Bytes8 = npt.NDArray[np.uint8]
+
+
+def slices(batch: pa.RecordBatch, size_bytes: int) -> Iterator[pa.RecordBatch]:
+    """The batch in pieces of about so many bytes, at least one row each."""
+    rows = max(1, size_bytes * batch.num_rows // max(1, batch.nbytes))
+    for start in range(0, batch.num_rows, rows):
+        yield batch.slice(start, rows)
 
 
 def encode_keys(batch: pa.RecordBatch) -> pa.LargeBinaryArray:
@@ -109,6 +116,19 @@ def join(*segments: pa.LargeBinaryArray | pa.Scalar) -> pa.LargeBinaryArray:
     if len(segments) == 1:
         return segments[0]
     return pc.binary_join_element_wise(*segments, pa.scalar(b"", _BINARY))
+
+
+def bulk_strings(column: pa.LargeBinaryArray) -> pa.LargeBinaryArray:
+    """Each row as a bulk string of Redis's protocol: a line ``$<length>``, the bytes, a line end."""
+    lengths = pc.binary_length(column).cast(pa.large_string()).cast(_BINARY)
+    end = literal(b"\r\n")
+    return join(literal(b"$"), lengths, end, column, end)
+
+
+def row_bytes(segments: pa.LargeBinaryArray) -> bytes:
+    """All rows' bytes, one after the other."""
+    cuts = offsets(segments)
+    return bytes(memoryview(data(segments))[cuts[0] : cuts[-1]])
 
 
 def literal(value: bytes) -> pa.Scalar:

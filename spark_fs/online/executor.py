@@ -22,9 +22,9 @@ MEASURES = (*COUNTS, "rows_read")
 
 
 def publish_rows(batches: Iterator[pa.RecordBatch], target: OnlineTarget) -> Iterator[pa.RecordBatch]:
-    """Write rows with ``_key`` and the target's columns; yields one row of ``MEASURES``. For Spark's ``mapInArrow``."""
+    """Write rows with ``_key`` (each once) and the target's columns; yields one row of ``MEASURES``. For ``mapInArrow``."""
     with redis_errors():
-        counts = write_batches(batches, target)
+        counts = write_batches(batches, target, distinct=True)
     yield _measures(counts, counts.rows)
 
 
@@ -44,7 +44,7 @@ def publish_files(
                 yield from _newest(_rows_within(file, target, keys, start_us, end_us, read))
 
     with redis_errors():
-        counts = write_batches(rows(), target)
+        counts = write_batches(rows(), target, distinct=True)
     yield _measures(counts, read[0])
 
 

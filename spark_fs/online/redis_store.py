@@ -13,8 +13,9 @@ import zlib
 from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import timedelta
+from enum import Enum
 from typing import TYPE_CHECKING, Any, cast
 
 import redis
@@ -162,22 +163,27 @@ class WriteCounts:
         )
 
 
-def write_batches(batches: Iterator[pa.RecordBatch], target: OnlineTarget) -> WriteCounts:
+def write_batches(batches: Iterator[pa.RecordBatch], target: OnlineTarget, *, distinct: bool = False) -> WriteCounts:
     """Write rows where they are newer than what is stored; runs in a Spark executor or any process.
 
     Each batch, of any size, has ``_key`` (key bytes), ``event_timestamp``, ``created_timestamp`` (may be null),
     ``_build`` and the target's features by name. A key may occur many times, in any order: the greatest version
     stays. Returns when the server has confirmed every row; memory is bounded by a batch.
 
+    ``distinct`` promises that no key occurs twice. Then rows go by MSETNX as long as the server has none of their keys,
+    which is twice as fast as the script: there is nothing to compare with, and it too is done as a whole or not at all.
+
     A lost connection, a server that is loading, busy or read-only, and a lost script are retried for some seconds;
     repeated rows then count as equal. Raises SFS-608 for a key or value above 512 KB, SFS-609 for unfit rows, SFS-610
     for a key of another program, and redis-py's errors as they are (``errors.translate`` knows them). After an error
     any part of the rows may be written; writing them again is safe.
     """
-    with _Writer(target) as writer:
+    from spark_fs.online import encode
+
+    with _Writer(target, inserting=distinct and target.ttl is None) as writer:
         for batch in batches:
-            for part in _parts(batch):
-                for call in _calls(part, target):
+            for part in encode.slices(batch, ENCODE_BYTES):
+                for call in _calls(part, target, insert=writer.inserting):
                     writer.send(call)
         return writer.finish()
 
@@ -185,15 +191,34 @@ def write_batches(batches: Iterator[pa.RecordBatch], target: OnlineTarget) -> Wr
 # ---- rows → calls
 
 
+class _Manner(Enum):
+    """How a call asks the server to write."""
+
+    INSERT = "MSETNX: only if none of the keys is there"
+    BY_HASH = "the script, by its hash"
+    BY_TEXT = "the script, with its text, which loads it"
+
+
 @dataclass(frozen=True, slots=True)
 class _Call:
-    """One run of the script: ``arguments`` are the keys and values framed as Redis wants them, ``size`` their bytes bare."""
+    """Some rows to write at once: online keys and values, and ``arguments``, these framed as Redis wants them.
 
-    rows: int
+    ``size`` is their bytes bare; ``keys`` are the key bytes, for messages.
+    """
+
+    manner: _Manner
     arguments: bytes
     size: int
     keys: Any
-    by_text: bool = False  # with the text of the script in place of its hash
+    names: Any
+    values: Any
+
+    def for_script(self, tail: bytes) -> _Call:
+        """The same rows for the script."""
+        from spark_fs.online import encode
+
+        pieces = [encode.row_bytes(encode.bulk_strings(column)) for column in (self.names, self.values)]
+        return replace(self, manner=_Manner.BY_HASH, arguments=b"".join([*pieces, tail]))
 
 
 _BY_HASH = b"$7\r\nEVALSHA\r\n$40\r\n%b\r\n" % hashlib.sha1(SCRIPT, usedforsecurity=False).hexdigest().encode()
@@ -205,20 +230,20 @@ def _bulk(value: bytes) -> bytes:
 
 
 def _packed(call: _Call) -> bytes:
-    """The command as it goes to the server: the script's hash or text, the number of keys, the arguments."""
-    count = 2 * call.rows + 4
-    return b"".join([b"*%d\r\n" % count, _BY_TEXT if call.by_text else _BY_HASH, _bulk(b"%d" % call.rows), call.arguments])
+    """The command as it goes to the server."""
+    if call.manner is _Manner.INSERT:
+        return b"*%d\r\n$6\r\nMSETNX\r\n%b" % (2 * len(call.keys) + 1, call.arguments)
+    script = _BY_TEXT if call.manner is _Manner.BY_TEXT else _BY_HASH
+    return b"".join([b"*%d\r\n" % (2 * len(call.keys) + 4), script, _bulk(b"%d" % len(call.keys)), call.arguments])
 
 
-def _parts(batch: pa.RecordBatch) -> Iterator[pa.RecordBatch]:
-    """The batch in pieces of about ENCODE_BYTES."""
-    rows = max(1, ENCODE_BYTES * batch.num_rows // max(1, batch.nbytes))
-    for start in range(0, batch.num_rows, rows):
-        yield batch.slice(start, rows)
+def _tail(target: OnlineTarget) -> bytes:
+    """The script's last argument: the ttl in milliseconds, or nothing."""
+    return _bulk(b"%d" % -(-target.ttl // timedelta(milliseconds=1)) if target.ttl else b"")
 
 
-def _calls(batch: pa.RecordBatch, target: OnlineTarget) -> Iterator[_Call]:
-    """The rows as calls of the script, in their order: ≤ CALL_ROWS rows and about CALL_BYTES each."""
+def _calls(batch: pa.RecordBatch, target: OnlineTarget, *, insert: bool) -> Iterator[_Call]:
+    """The rows as calls, in their order: ≤ CALL_ROWS rows and about CALL_BYTES each."""
     import numpy as np  # numpy and pyarrow are needed to write only: reading does without
     import pyarrow as pa
 
@@ -234,28 +259,19 @@ def _calls(batch: pa.RecordBatch, target: OnlineTarget) -> Iterator[_Call]:
     sizes = [np.diff(encode.offsets(column)) for column in (names, values)]
     _refuse_oversized(keys, sizes)
     ends = np.cumsum(sizes[0] + sizes[1])
-    framed = [_framed(column) for column in (names, values)]
+    framed = [encode.bulk_strings(column) for column in (names, values)]
+    if insert:  # key, value, key, value …; the script wants all keys, then all values
+        framed = [encode.join(*framed)]
     buffers = [memoryview(encode.data(column)) for column in framed]
     cuts = [encode.offsets(column) for column in framed]
-    tail = _bulk(b"%d" % -(-target.ttl // timedelta(milliseconds=1)) if target.ttl else b"")
+    manner, tail = (_Manner.INSERT, b"") if insert else (_Manner.BY_HASH, _tail(target))
     start, done = 0, 0
     while start < len(keys):
         stop = min(start + CALL_ROWS, len(keys), max(start + 1, int(np.searchsorted(ends, done + CALL_BYTES, "right"))))
         pieces = [buffer[cut[start] : cut[stop]] for buffer, cut in zip(buffers, cuts, strict=True)]
-        yield _Call(stop - start, b"".join([*pieces, tail]), int(ends[stop - 1]) - done, keys.slice(start, stop - start))
+        columns = [column.slice(start, stop - start) for column in (keys, names, values)]
+        yield _Call(manner, b"".join([*pieces, tail]), int(ends[stop - 1]) - done, *columns)
         start, done = stop, int(ends[stop - 1])
-
-
-def _framed(column: pa.LargeBinaryArray) -> pa.LargeBinaryArray:
-    """Each row as a Redis bulk string: ``$<length>`` line, bytes, line end."""
-    import pyarrow as pa
-    import pyarrow.compute as pc
-
-    from spark_fs.online import encode
-
-    lengths = pc.binary_length(column).cast(pa.large_string()).cast(pa.large_binary())
-    end = encode.literal(b"\r\n")
-    return encode.join(encode.literal(b"$"), lengths, end, column, end)
 
 
 def _refuse_oversized(keys: Any, sizes: list[Any]) -> None:
@@ -283,8 +299,10 @@ def _shown(key: bytes) -> str:
 class _Writer:
     """One connection with a bounded queue of unanswered calls; any of them may be sent again."""
 
-    def __init__(self, target: OnlineTarget) -> None:
+    def __init__(self, target: OnlineTarget, *, inserting: bool) -> None:
         self._target = target
+        #: Whether the server has had none of the keys so far, so that there is nothing to compare with.
+        self.inserting = inserting
         pool = _pool(target.url, target.socket_timeout_seconds, Retry(NoBackoff(), 0))
         self._connection: Any = pool.make_connection()  # Any: redis-py leaves its methods untyped
         self._unanswered: deque[_Call] = deque()
@@ -321,14 +339,20 @@ class _Writer:
             reply = self._connection.read_response()
         except redis.exceptions.NoScriptError:
             # The text of the script loads it again; only this call went unserved.
-            call = self._unanswered.popleft()
-            self._transmit(_Call(call.rows, call.arguments, call.size, call.keys, by_text=True))
+            self._transmit(replace(self._unanswered.popleft(), manner=_Manner.BY_TEXT))
             return
         except redis.RedisError as error:
             self._start_over(error)
             return
         call = self._unanswered.popleft()
         self._failures = 0
+        if call.manner is _Manner.INSERT:
+            if reply:
+                self._counts += WriteCounts(applied=len(call.keys), bytes=call.size)
+            else:
+                self.inserting = False
+                self._transmit(call.for_script(_tail(self._target)))
+            return
         if isinstance(reply, int):
             raise self._foreign_key(call, reply)
         applied, equal, stale, expired = reply

@@ -20,7 +20,7 @@ from deltalake import DeltaTable
 from spark_fs import FeatureStore
 from spark_fs.errors import ConflictError, ExitCode, InvalidError, PartlyDoneError, SparkFSError
 from spark_fs.intervals import BEGINNING, UTC, Interval
-from spark_fs.offline.tables import feature_table_path
+from spark_fs.offline.files import feature_table_path
 from spark_fs.online.codec import key_bytes
 from spark_fs.registry import Registry
 from spark_fs.spec import ViewSpec

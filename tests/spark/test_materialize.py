@@ -24,7 +24,8 @@ from spark_fs.build import build_interval
 from spark_fs.errors import ExitCode, InvalidError, PartlyDoneError, SparkFSError, UnavailableError
 from spark_fs.intervals import Interval
 from spark_fs.materialize import MaterializeResult
-from spark_fs.offline.tables import FeatureTable, feature_table_path
+from spark_fs.offline.files import feature_table_path
+from spark_fs.offline.tables import FeatureTable
 from spark_fs.online import executor, server
 from spark_fs.online.redis_store import OnlineTarget
 from spark_fs.registry import Registry

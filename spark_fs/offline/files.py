@@ -1,0 +1,56 @@
+"""Paths and plain files of the offline store, local or by URI. Needs neither Spark nor Delta."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import PurePosixPath
+
+from pyarrow import fs
+
+from spark_fs.spec import ViewSpec
+
+
+def feature_table_path(root: str, view: ViewSpec) -> str:
+    """Where the feature table of a view version lies."""
+    return f"{root}/{view.project}/{view.name}/v{view.version}"
+
+
+def listing_digest(path: str) -> str | None:
+    """A text that differs whenever a file at or below ``path`` was added, removed or written, by names, sizes and times.
+
+    None where there is nothing at the path, which may also be one with wildcards.
+    """
+    system, inner = _file_system(path)
+    info = system.get_file_info(inner)
+    if info.type == fs.FileType.NotFound:
+        return None
+    files = system.get_file_info(fs.FileSelector(inner, recursive=True)) if info.type == fs.FileType.Directory else [info]
+    lines = sorted(f"{file.path} {file.size} {file.mtime_ns}" for file in files)
+    return f"{len(lines)} files {hashlib.sha256(chr(10).join(lines).encode()).hexdigest()}"
+
+
+def write_text(path: str, content: str) -> None:
+    """Write a small text file; it appears whole or not at all."""
+    system, inner = _file_system(path)
+    system.create_dir(str(PurePosixPath(inner).parent), recursive=True)
+    partial = f"{inner}.partial"
+    with system.open_output_stream(partial) as stream:
+        stream.write(content.encode())
+    system.move(partial, inner)
+
+
+def delete_folder(path: str) -> bool:
+    """Delete the folder; False if there is none."""
+    system, inner = _file_system(path)
+    if system.get_file_info(inner).type == fs.FileType.NotFound:
+        return False
+    system.delete_dir(inner)
+    return True
+
+
+def _file_system(path: str) -> tuple[fs.FileSystem, str]:
+    """The file system of a local path or URI, and the path inside it."""
+    if "://" not in path:
+        return fs.LocalFileSystem(), path
+    found, inner = fs.FileSystem.from_uri(path)
+    return found, inner
