@@ -15,7 +15,7 @@ import click
 
 from spark_fs import console, machine
 from spark_fs.command import open_store, output_option, run, submit_job, submitted
-from spark_fs.errors import ExitCode, InvalidError, Problem, did_you_mean
+from spark_fs.errors import ExitCode, InvalidError, Problem
 
 if TYPE_CHECKING:
     from spark_fs.online.read import OnlineResponse
@@ -373,7 +373,7 @@ def _entity_rows(store: FeatureStore, features: Any, entities: tuple[str, ...]) 
 
 def _key_value(name: str, value: str, types: Mapping[str, ValueType]) -> Any:
     if name not in types:
-        raise InvalidError.of("SFS-606", f"'{name}' is no join key of these features.", why=did_you_mean(name, types))
+        return value  # other columns come back as they are
     try:
         return types[name].from_text(value)
     except ValueError as error:

@@ -1,12 +1,12 @@
 """The whole example, told step by step: ``make demo``, or ``python feature_repo/demo/run.py`` in the project folder.
 
-Every step is a command that you can type yourself; the last two use the Python interface. A second run does only what
-is left to do: nothing is prepared, applied, built or published twice.
+Every step is a command that you can type yourself; the last two use the Python interface. In a shell each command with a
+job submits it to Spark; here the same jobs run one after the other in one Spark, which is started once. A second run does
+only what is left to do: nothing is prepared, applied, built or published twice.
 """
 
 from __future__ import annotations
 
-import json
 import shlex
 import subprocess
 import sys
@@ -15,7 +15,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
+from types import ModuleType
 from typing import Any
+
+from spark_fs.jobs import build, dataset_create, materialize
 
 from compare import DEPARTS_ON, ENTITIES, SERVICE, compare
 from prepare import RAW, prepare
@@ -47,26 +50,28 @@ def main() -> None:
     with step("Apply: note the definitions in the registry"):
         spark_fs("apply", "--yes")
     with step("Build: compute the feature tables from their sources, up to the end of the data"):
-        if json.loads(spark_fs("build", "--missing", "--end", END, "--output", "json", quiet=True)):
-            spark_fs("build", "--end", END)
+        store = FeatureStore(".")
+        if any(store.missing(end=parse_instant(END)).values()):
+            spark_job(f"build --end {END}", build, "--end", END)
         else:
             print(f"Every view is built up to {END} already; with --start you would build an interval again.")
     with step("Training set: the features as they were known an hour before each planned departure"):
-        saved = json.loads(spark_fs("dataset", "list", "--output", "json", quiet=True))
-        if any(dataset["name"] == DATASET for dataset in saved):
+        if any(dataset["name"] == DATASET for dataset in store.registry.datasets()):
             print("It is saved already; creating it again would add a version with the same checksum.\n")
             spark_fs("dataset", "show", DATASET)
         else:
-            spark_fs("dataset", "create", DATASET, "--entities", spine(RAW), "--features", SERVICE, "--full-feature-names")
+            entities = spine(RAW)
+            shown = f"dataset create {DATASET} --entities {shlex.quote(entities)} --features {SERVICE} --full-feature-names"
+            wanted = ["--name", DATASET, "--entities", entities, "--service", SERVICE, "--full-feature-names"]
+            spark_job(shown, dataset_create, *wanted)
     with step("Materialize: publish to Redis what is new since the last time"):
-        spark_fs("materialize-incremental", END)
+        spark_job(f"materialize-incremental {END}", materialize, "--end", END)
     with step("Look up: the last known values for two flights, from Redis, without Spark"):
         features = [argument for name in SHOWN for argument in ("--features", name)]
         entities = [argument for entity in ENTITIES for argument in ("--entity", _pairs(entity))]
         spark_fs("get-online-features", *features, *entities)
         print("The weather has a ttl of 3 hours, and 2013 is over: so it is not there. See feature_repo/views.py.")
     with step("Compare: all features of the service, from Redis and from the feature tables"):
-        store = FeatureStore(".")
         show_comparison(compare(store, parse_instant(END) - timedelta(seconds=1)))
     with step("Leak: what a model seems to be worth if delays are dated by departure instead of arrival"):
         from leak import measure_leak, report  # scikit-learn takes a second to import
@@ -88,14 +93,20 @@ def step(title: str) -> Iterator[None]:
     print(f"\n   {time.monotonic() - began:.1f} s", flush=True)
 
 
-def spark_fs(*arguments: str, quiet: bool = False) -> str:
-    """Show and run a ``spark-fs`` command; its output if ``quiet``, else it goes to the screen. Ends the demo on failure."""
-    shown = " ".join(shlex.quote(" ".join(argument.split())) for argument in arguments)
-    print(f"$ spark-fs {shown}", flush=True)
-    done = subprocess.run([SPARK_FS, *arguments], check=False, text=True, stdout=subprocess.PIPE if quiet else None)
-    if done.returncode:
-        sys.exit(done.returncode)
-    return done.stdout or ""
+def spark_fs(*arguments: str) -> None:
+    """Show and run a ``spark-fs`` command; ends the demo if it fails."""
+    print(f"$ spark-fs {shlex.join(arguments)}", flush=True)
+    code = subprocess.run([SPARK_FS, *arguments], check=False).returncode
+    if code:
+        sys.exit(code)
+
+
+def spark_job(command: str, job: ModuleType, *arguments: str) -> None:
+    """Show a ``spark-fs`` command and run the job that it submits, here; ends the demo if it fails."""
+    print(f"$ spark-fs {' '.join(command.split())}", flush=True)
+    code = job.main(list(arguments))
+    if code:
+        sys.exit(code)
 
 
 def _pairs(entity: dict[str, Any]) -> str:
