@@ -1,0 +1,155 @@
+"""What executors do: reading data files in place, keeping the newest row of each key, inserting what is new."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from datetime import datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import redis
+from hypothesis import given
+from hypothesis import strategies as st
+
+from spark_fs.errors import SparkFSError
+from spark_fs.intervals import to_micros
+from spark_fs.online import codec, encode, executor
+from spark_fs.online.redis_store import write_batches
+from spark_fs.spec import Column
+from spark_fs.types import Int64, String
+from tests.online.servers import FEATURES, NOON, batch, target_of, view_of
+from tests.spark.test_key_bytes import VALUES
+
+HOUR = timedelta(hours=1)
+
+
+@pytest.fixture
+def client(url: str) -> Iterator[redis.Redis]:
+    with redis.Redis.from_url(url) as client:
+        yield client
+
+
+def stored(client: redis.Redis, key: bytes, target: Any) -> Any:
+    value = client.get(codec.redis_key(target.prefix, key))
+    return None if value is None else codec.Decoder(FEATURES).decode(value)
+
+
+# ---- keys
+
+
+@pytest.mark.parametrize(("column", "values"), VALUES, ids=[column.name for column, _ in VALUES])
+def test_keys_of_whole_columns_are_those_of_single_values(column: Column, values: list[Any]) -> None:
+    """For each type of join key, alone and with a second one, Arrow gives the bytes that a reader asks for."""
+    array = pa.array(values, column.type.arrow())
+    second = Column("second", String)
+    texts = pa.array([f"{n}:é" for n in range(len(values))])
+    assert encode.key_column([array], [column], len(values)).to_pylist() == [codec.key_bytes([v], [column]) for v in values]
+    pairs = [codec.key_bytes([v, f"{n}:é"], [column, second]) for n, v in enumerate(values)]
+    assert encode.key_column([array, texts], [column, second], len(values)).to_pylist() == pairs
+
+
+def test_a_view_without_keys_has_one_empty_key() -> None:
+    """Every row has the same key, which is empty."""
+    assert encode.key_column([], [], 3).to_pylist() == [b"", b"", b""]
+
+
+# ---- runs
+
+
+@given(st.lists(st.tuples(st.integers(0, 3), st.integers(1, 4)), max_size=6), st.integers(1, 5))
+def test_of_each_run_the_last_row_stays_however_batches_are_cut(runs: list[tuple[int, int]], size: int) -> None:
+    """Rows of one key that follow each other become one, the last, also where a batch ends between them."""
+    keys = [b"%d" % key for key, length in runs for _ in range(length)]
+    rows = batch(keys, n=list(range(len(keys)))) if keys else None
+    cut = [rows.slice(start, size) for start in range(0, len(keys), size)] if rows else []
+    kept = [n for piece in executor._newest(iter(cut)) for n in piece.column("n").to_pylist()]
+    assert kept == [n for n, key in enumerate(keys) if n + 1 == len(keys) or keys[n + 1] != key]
+
+
+# ---- files
+
+
+def write_file(file: Path, rows: list[tuple[int | None, datetime, int]]) -> str:
+    """A data file as a build writes it: rows (join key, event time, value)."""
+    instant = pa.timestamp("us", tz="UTC")
+    table = pa.table(
+        {
+            "id": pa.array([row[0] for row in rows], pa.int64()),
+            "event_timestamp": pa.array([row[1] for row in rows], instant),
+            "created_timestamp": pa.array([None] * len(rows), instant),
+            "_build": pa.array([1] * len(rows), pa.int32()),
+            "n": pa.array([row[2] for row in rows], pa.int64()),
+            "s": pa.array([None] * len(rows), pa.string()),
+        }
+    )
+    pq.write_table(table, file)
+    return file.as_uri()
+
+
+def test_files_are_published_newest_row_first_to_last(
+    url: str, client: redis.Redis, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of each key the newest row in ``[start, end)`` goes online, from several files, in batches of any size."""
+    monkeypatch.setattr(executor, "BATCH_ROWS", 2)
+    files = [
+        write_file(tmp_path / "a b.parquet", [(1, NOON, 10), (1, NOON + HOUR, 11), (1, NOON + 3 * HOUR, 12), (2, NOON, 20)]),
+        write_file(tmp_path / "c.parquet", [(3, NOON - HOUR, 30), (4, NOON + HOUR, 40)]),
+    ]
+    target = target_of(url, view_of(keys=[Column("id", Int64)]))
+    named = pa.RecordBatch.from_pydict({"file": files})
+    bounds = {"start_us": to_micros(NOON), "end_us": to_micros(NOON + 3 * HOUR)}
+    (measures,) = executor.publish_files(iter([named]), target, [Column("id", Int64)], **bounds)
+    assert measures.to_pylist()[0].items() >= {"rows_read": 4, "applied": 3, "equal": 0, "stale": 0}.items()
+    values = {key: stored(client, b"%d" % key, target) for key in (1, 2, 3, 4)}
+    assert values == {1: [11, None], 2: [20, None], 3: None, 4: [40, None]}
+
+
+# ---- inserting
+
+
+def test_inserting_never_replaces(url: str, client: redis.Redis) -> None:
+    """Distinct rows are inserted where none of a call's keys is there; else each is compared, as always."""
+    target = target_of(url)
+    fresh = write_batches(iter([batch([b"a", b"b"], n=[1, 2])]), target, distinct=True)
+    assert (fresh.applied, fresh.equal, fresh.stale) == (2, 0, 0)
+    older = batch([b"a", b"c"], NOON - HOUR, n=[8, 9])
+    mixed = write_batches(iter([older, batch([b"b", b"d"], [NOON + HOUR, NOON], n=[3, 4])]), target, distinct=True)
+    assert (mixed.applied, mixed.equal, mixed.stale) == (3, 0, 1)
+    assert [stored(client, key, target)[0] for key in (b"a", b"b", b"c", b"d")] == [1, 3, 9, 4]
+
+
+def test_an_insert_is_counted_once_when_sent_again(url: str, client: redis.Redis) -> None:
+    """A connection lost between insert and reply: what was inserted is found equal, nothing is lost."""
+    target = target_of(url)
+    rows = batch([b"%d" % n for n in range(5_000)], n=list(range(5_000)))
+
+    def killing() -> Iterator[pa.RecordBatch]:
+        for start in range(0, 5_000, 500):
+            yield rows.slice(start, 500)
+            if start in (500, 2_500):
+                client.client_kill_filter(_type="normal", skipme=True)
+
+    counts = write_batches(killing(), target, distinct=True)
+    assert counts.applied + counts.equal == 5_000
+    assert counts.stale == 0
+    assert len(list(client.scan_iter(count=5_000))) == 5_000
+
+
+def test_a_foreign_key_is_not_overwritten_by_an_insert(url: str, client: redis.Redis) -> None:
+    """A key of another type stops the call: it is named, and nothing of the call is written."""
+    target = target_of(url)
+    client.hset(codec.redis_key(target.prefix, b"b").decode(), "field", "value")
+    with pytest.raises(SparkFSError) as caught:
+        write_batches(iter([batch([b"a", b"b"], n=[1, 2])]), target, distinct=True)
+    assert caught.value.code == "SFS-610"
+    assert stored(client, b"a", target) is None
+
+
+def test_rows_with_a_ttl_are_never_inserted_without_it(url: str, client: redis.Redis) -> None:
+    """MSETNX knows no expiry: rows of a view with a ttl go by the script and expire."""
+    target = target_of(url, view_of(ttl=timedelta(days=36_500)))
+    assert write_batches(iter([batch([b"a"], n=[1])]), target, distinct=True).applied == 1
+    assert client.pttl(codec.redis_key(target.prefix, b"a").decode()) > 0
