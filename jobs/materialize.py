@@ -15,6 +15,7 @@ def main(arguments: list[str]) -> int:
 
     def act() -> ExitCode:
         store = FeatureStore(options.repo, options.env)
+        store.check_online()  # before Spark takes its seconds to start
         with console.progress(store.spark):
             if options.start:
                 results, error = console.results_of(lambda: store.materialize(options.start, options.end, options.view))

@@ -103,7 +103,9 @@ def _problem_row(problem: Problem) -> dict[str, str]:
 
 @main.command()
 @click.option("--output", type=click.Choice(["text", "json", "markdown"]), default="text", show_default=True)
-@click.option("--out", type=click.Path(dir_okay=False, path_type=Path), help="Also write the plan to a file for apply.")
+@click.option(
+    "--out", type=click.Path(dir_okay=False, writable=True, path_type=Path), help="Also write the plan to a file for apply."
+)
 @click.option("--detailed-exitcode", is_flag=True, help="Exit with 3 when there are changes.")
 @click.pass_context
 def plan(context: click.Context, output: str, out: Path | None, detailed_exitcode: bool) -> None:
@@ -120,6 +122,7 @@ def plan(context: click.Context, output: str, out: Path | None, detailed_exitcod
         made = open_store(context).plan()
         document = json.dumps(made.to_json(), indent=2, ensure_ascii=False)
         if out:
+            out.parent.mkdir(parents=True, exist_ok=True)
             out.write_text(document + "\n", encoding="utf-8")
         click.echo({"text": str(made), "json": document, "markdown": made.to_markdown()}[output])
         return ExitCode.CHANGES_PRESENT if made and detailed_exitcode else ExitCode.OK

@@ -268,9 +268,7 @@ class Registry:
             for change in changes:
                 self._write(connection, change)
             connection.execute(
-                _applies.insert().values(
-                    project=self.project, serial=serial + 1, at=_now(), by=getpass.getuser(), summary=summary
-                )
+                _applies.insert().values(project=self.project, serial=serial + 1, at=_now(), by=_user(), summary=summary)
             )
         return serial + 1
 
@@ -491,3 +489,10 @@ def _damaged(why: str) -> SparkFSError:
 
 def _now() -> str:
     return datetime.now(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
+
+
+def _user() -> str:
+    try:
+        return getpass.getuser()
+    except (KeyError, OSError):  # a container may run under a number that has no name
+        return str(os.getuid())

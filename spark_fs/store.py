@@ -207,6 +207,12 @@ class FeatureStore:
 
         return server.start(self.environment.state_dir, port=online.port).url
 
+    def check_online(self) -> None:
+        """Refuse an online store that cannot be reached or would drop values (SFS-601 to 604); starts no Spark."""
+        from spark_fs.online.redis_store import check_server
+
+        check_server(self.online_url(), socket_timeout_seconds=self.environment.config.online.timeout_seconds)
+
     def destroy(self, view: str, version: int | None = None) -> dict[str, Any]:
         """Delete the feature table and online values of a view version that is neither current nor used by a service."""
         from spark_fs.offline.files import delete_folder, feature_table_path
@@ -289,11 +295,11 @@ class FeatureStore:
 
     def _materialize(self, interval: Interval, views: Iterable[str] | None, *, incremental: bool) -> list[MaterializeResult]:
         from spark_fs.materialize import materialize_view
-        from spark_fs.online.redis_store import OnlineTarget, check_server
+        from spark_fs.online.redis_store import OnlineTarget
 
         chosen = _choose(self.registry.state(), views, online=True)
+        self.check_online()
         url, timeout = self.online_url(), self.environment.config.online.timeout_seconds
-        check_server(url, socket_timeout_seconds=timeout)
 
         def publish(view: ViewSpec) -> list[MaterializeResult]:
             self._build_missing(view, interval)

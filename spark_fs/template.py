@@ -66,11 +66,13 @@ def create(folder: Path) -> Iterator[str]:
     files = {f"conf/{name}": (conf / name).read_text(encoding="utf-8") for name in _CONF}
     files["conf/base.yml"] = files["conf/base.yml"].replace("project: flights", f"project: {_project_name(folder)}")
     today = datetime.now(UTC).date()
-    files |= {"feature_repo/features.py": _DEFINITIONS, "data/payments.csv": _payments(today), ".gitignore": ".spark_fs/\n"}
+    files |= {"feature_repo/features.py": _DEFINITIONS, "data/payments.csv": _payments(today)}
     there = [name for name in files if (folder / name).exists()]
     if there:
         raise InvalidError.of("SFS-208", f"{folder} holds a project already.", why=f"There is {', '.join(there)}.",
                               fix="choose another folder")  # fmt: skip
+    if not (folder / ".gitignore").exists():
+        files[".gitignore"] = ".spark_fs/\n"
     for name, content in files.items():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_text(content, encoding="utf-8")
