@@ -43,7 +43,7 @@ def first_run(project: Path) -> str:
 def test_the_first_run_goes_from_definitions_to_values_online(first_run: str) -> None:
     """19 objects are applied, 7 views built, every departure of the year is in the training set, values are published."""
     assert "Applied: 19 to add" in first_run
-    assert len(re.findall(r"@1 +beginning → 2014-01-02T00:00:00Z +1 +1", first_run)) == 7
+    assert len(re.findall(r"@1 +beginning → 2014-01-02T00:00:00Z +1 +1 ", first_run)) == 7
     assert re.search(r"rows +328521", first_run)
     assert re.search(r"carrier_recent_delays@1 .* 310,818 +16 +0 +0 +0", first_run)
 
