@@ -179,7 +179,7 @@ def _typed(column: pa.Array, feature: Column) -> pa.Array:
         raise _unfit(f"The feature '{feature.name}' is not {feature.type}: {error}", "change the type in the schema") from error
     if feature.type.length is not None:
         lengths = pc.list_value_length(typed).drop_null()
-        if not pc.all(pc.equal(lengths, feature.type.length)).as_py():
+        if pc.any(pc.not_equal(lengths, feature.type.length)).as_py():
             found = ", ".join(str(length) for length in pc.unique(lengths).to_pylist()[:5])
             raise _unfit(
                 f"The feature '{feature.name}' is {feature.type} and has vectors of length {found}.", "mend the source"

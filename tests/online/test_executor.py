@@ -19,7 +19,7 @@ from spark_fs.intervals import to_micros
 from spark_fs.online import codec, encode, executor
 from spark_fs.online.redis_store import write_batches
 from spark_fs.spec import Column
-from spark_fs.types import Int64, String
+from spark_fs.types import Embedding, Int64, String
 from tests.online.servers import FEATURES, NOON, batch, target_of, view_of
 from tests.spark.test_key_bytes import VALUES
 
@@ -105,6 +105,17 @@ def test_files_are_published_newest_row_first_to_last(
     assert measures.to_pylist()[0].items() >= {"rows_read": 4, "applied": 3, "equal": 0, "stale": 0}.items()
     values = {key: stored(client, b"%d" % key, target) for key in (1, 2, 3, 4)}
     assert values == {1: [11, None], 2: [20, None], 3: None, 4: [40, None]}
+
+
+def test_a_vector_may_be_null_in_all_rows_of_a_batch() -> None:
+    """Only vectors that are there must have the declared length."""
+    features = (Column("v", Embedding(3)),)
+    rows = batch([b"a", b"b"], features=features, v=[None, None])
+    values = encode.encode_values(rows, features, 1).to_pylist()
+    assert [codec.Decoder(features).decode(value) for value in values] == [[None], [None]]
+    short = batch([b"a", b"b"], features=features, v=[None, [1.0, 2.0]])
+    with pytest.raises(SparkFSError, match="vectors of length 2"):
+        encode.encode_values(short, features, 1)
 
 
 # ---- inserting
