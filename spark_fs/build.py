@@ -12,8 +12,8 @@ from pyspark.sql import DataFrame, Observation
 from pyspark.sql import functions as F
 
 from spark_fs.errors import InvalidError
-from spark_fs.intervals import BEGINNING, Interval, missing, text, to_micros
-from spark_fs.offline.compute import acceptable, settle, within
+from spark_fs.intervals import BEGINNING, Interval, missing, text
+from spark_fs.offline.compute import acceptable, instant_literal, quoted, settle, within
 from spark_fs.offline.tables import FeatureTable, observed
 from spark_fs.registry import Registry
 from spark_fs.spec import ViewSpec
@@ -149,12 +149,12 @@ def _counts(view: ViewSpec, interval: Interval, latest: datetime) -> list[Any]:
     event, inside = F.col("event_timestamp"), acceptable(view) & within(interval)
     no_key = F.lit(False)
     for name in view.key_names:
-        no_key = no_key | F.col(f"`{name}`").isNull()
+        no_key = no_key | quoted(name).isNull()
     return [
         F.count(F.lit(1)).alias("rows"),
         F.count_if(no_key).alias("null_keys"),
         F.count_if(~no_key & event.isNull()).alias("null_times"),
-        F.count_if(event >= F.timestamp_micros(F.lit(to_micros(latest)))).alias("future"),
-        F.count_if(event >= F.timestamp_micros(F.lit(to_micros(interval.end)))).alias("beyond"),
+        F.count_if(event >= instant_literal(latest)).alias("future"),
+        F.count_if(event >= instant_literal(interval.end)).alias("beyond"),
         F.count_if(inside).alias("inside"),
     ]

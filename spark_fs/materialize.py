@@ -13,7 +13,7 @@ from pyspark.sql import DataFrame, Observation, Window
 from pyspark.sql import functions as F
 
 from spark_fs.intervals import Interval, text, to_micros
-from spark_fs.offline.compute import key_bytes, within
+from spark_fs.offline.compute import instant_literal, key_bytes, quoted, within
 from spark_fs.offline.tables import FeatureTable, builds_since, can_be_read_in_place, observed
 from spark_fs.online import executor
 from spark_fs.online.redis_store import COUNTS, OnlineTarget, WriteCounts
@@ -73,7 +73,7 @@ def materialize_view(
 
 
 def _new(builds: set[int] | None, since: Watermark) -> SparkColumn:
-    past_the_end = F.col("event_timestamp") >= F.timestamp_micros(F.lit(to_micros(since.end)))
+    past_the_end = F.col("event_timestamp") >= instant_literal(since.end)
     return F.lit(True) if builds is None else F.col("_build").isin(sorted(builds)) | past_the_end
 
 
@@ -114,10 +114,10 @@ def newest_rows(view: ViewSpec, rows: DataFrame) -> DataFrame:
 
     Columns: ``_key`` (key bytes), event_timestamp, created_timestamp, _build, features.
     """
-    keys = [F.col(f"`{name}`") for name in view.key_names]
+    keys = [quoted(name) for name in view.key_names]
     newest_first = Window.partitionBy("_bucket", *keys).orderBy(
         F.col("event_timestamp").desc(), F.col("created_timestamp").desc_nulls_last()
     )
     newest = rows.withColumn("_rank", F.row_number().over(newest_first)).where(F.col("_rank") == 1)
-    features = [F.col(f"`{name}`") for name in view.feature_names]
+    features = [quoted(name) for name in view.feature_names]
     return newest.select(key_bytes(view.keys).alias("_key"), "event_timestamp", "created_timestamp", "_build", *features)

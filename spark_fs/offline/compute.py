@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from datetime import datetime
 
 from pyspark.sql import Column as SparkColumn
 from pyspark.sql import DataFrame, Window
@@ -35,7 +36,7 @@ def feature_frame(view: ViewSpec, source: DataFrame, transform: Transform | None
     times.append(
         (_instant(frame, created, view.source) if created else F.lit(None).cast("timestamp")).alias("created_timestamp")
     )
-    keys = [_quoted(key.name).cast(key.type.spark).alias(key.name) for key in view.keys]
+    keys = [quoted(key.name).cast(key.type.spark).alias(key.name) for key in view.keys]
     return frame.select(*keys, *times, *(_value(feature) for feature in view.features))
 
 
@@ -43,16 +44,16 @@ def acceptable(view: ViewSpec) -> SparkColumn:
     """True for rows that a feature view may hold: no join key and no event time is null."""
     condition = F.col("event_timestamp").isNotNull()
     for name in view.key_names:
-        condition = condition & _quoted(name).isNotNull()
+        condition = condition & quoted(name).isNotNull()
     return condition
 
 
 def within(interval: Interval, column: str = "event_timestamp") -> SparkColumn:
     """True for rows whose time lies in the half-open interval; exact whatever the session's time zone."""
-    before_end = F.col(column) < F.timestamp_micros(F.lit(to_micros(interval.end)))
+    before_end = F.col(column) < instant_literal(interval.end)
     if interval.start == BEGINNING:
         return before_end
-    return (F.col(column) >= F.timestamp_micros(F.lit(to_micros(interval.start)))) & before_end
+    return (F.col(column) >= instant_literal(interval.start)) & before_end
 
 
 def settle(view: ViewSpec, frame: DataFrame, buckets: int) -> DataFrame:
@@ -61,7 +62,7 @@ def settle(view: ViewSpec, frame: DataFrame, buckets: int) -> DataFrame:
     Of tied rows the one with the greatest row hash stays. The result is partitioned by bucket and sorted inside by
     (keys, event_timestamp, created_timestamp): one shuffle and one sort, which the write then needs no more.
     """
-    identity = [_quoted(name) for name in (*view.key_names, "event_timestamp", "created_timestamp")]
+    identity = [quoted(name) for name in (*view.key_names, "event_timestamp", "created_timestamp")]
     hashed = frame.withColumn("_hash", row_hash(view.feature_names)).withColumn("_bucket", bucket_of(view.keys, buckets))
     spread = hashed.repartition(buckets, "_bucket")
     order = Window.partitionBy("_bucket", *identity[: len(view.keys)]).orderBy(*identity[len(view.keys) :], F.col("_hash"))
@@ -80,7 +81,7 @@ def row_hash(value_columns: Sequence[str]) -> SparkColumn:
     """The last tie-break between rows of equal keys and times: xxHash64 over all value columns in the order of their names."""
     if not value_columns:
         return F.lit(0).cast("bigint")
-    return F.xxhash64(*(_quoted(name) for name in sorted(value_columns)))
+    return F.xxhash64(*(quoted(name) for name in sorted(value_columns)))
 
 
 def key_bytes(keys: Sequence[Column]) -> SparkColumn:
@@ -98,7 +99,7 @@ def key_bytes(keys: Sequence[Column]) -> SparkColumn:
 
 
 def _key_text(key: Column) -> SparkColumn:
-    column = _quoted(key.name)
+    column = quoted(key.name)
     if key.type.kind == "bytes":
         return column
     if key.type.kind == "timestamp":
@@ -108,7 +109,13 @@ def _key_text(key: Column) -> SparkColumn:
     return column.cast("string").cast("binary")
 
 
-def _quoted(name: str) -> SparkColumn:
+def instant_literal(instant: datetime) -> SparkColumn:
+    """The instant as a column; exact whatever the session's time zone."""
+    return F.timestamp_micros(F.lit(to_micros(instant)))
+
+
+def quoted(name: str) -> SparkColumn:
+    """The column of exactly this name, whatever characters it holds."""
     return F.col("`" + name.replace("`", "``") + "`")
 
 
@@ -201,7 +208,7 @@ def _instant(frame: DataFrame, name: str, source: SourceSpec) -> SparkColumn:
     Goes through text with the zone's name, which Spark reads the same under every session time zone.
     """
     spark_type = frame.schema[name].dataType.simpleString()
-    column = _quoted(name)
+    column = quoted(name)
     if spark_type == "timestamp":
         return column
     clock = F.concat(column.cast("string"), F.lit(" 00:00:00")) if spark_type == "date" else column.cast("string")
@@ -209,7 +216,7 @@ def _instant(frame: DataFrame, name: str, source: SourceSpec) -> SparkColumn:
 
 
 def _value(feature: Column) -> SparkColumn:
-    column = _quoted(feature.name)
+    column = quoted(feature.name)
     if feature.type.length is not None:
         message = F.concat(
             F.lit(f"[SFS-407] '{feature.name}' is declared {feature.type}, but a row has length "),

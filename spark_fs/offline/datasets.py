@@ -20,7 +20,7 @@ from pyspark.sql import functions as F
 from spark_fs.errors import ConflictError, InvalidError, translated
 from spark_fs.intervals import BEGINNING, Interval, covers
 from spark_fs.offline.asof import AsofPlan, AsofView, SpineStats, execute, plan_asof, spine_stats
-from spark_fs.offline.compute import Transform, acceptable, feature_frame
+from spark_fs.offline.compute import Transform, acceptable, feature_frame, quoted
 from spark_fs.offline.files import feature_table_path, write_text
 from spark_fs.offline.tables import (
     FeatureTable,
@@ -301,7 +301,7 @@ def _register(registry: Registry, content: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _content(frame: DataFrame, spine_columns: Sequence[str]) -> list[SparkColumn]:
-    nulls = [F.count_if(_quoted(name).isNull()).alias(f"nulls_{n}") for n, name in enumerate(frame.columns)]
+    nulls = [F.count_if(quoted(name).isNull()).alias(f"nulls_{n}") for n, name in enumerate(frame.columns)]
     return [
         F.count(F.lit(1)).alias("rows"),
         _checksum(frame, frame.columns).alias("checksum"),
@@ -313,16 +313,12 @@ def _content(frame: DataFrame, spine_columns: Sequence[str]) -> list[SparkColumn
 def _checksum(frame: DataFrame, columns: Sequence[str]) -> SparkColumn:
     """The sum of a 64-bit hash of each row: the same for the same rows in any order and partitioning."""
     types = dict(frame.dtypes)
-    hashable = [_quoted(name) for name in columns if "map<" not in types[name] and "variant" not in types[name]]
+    hashable = [quoted(name) for name in columns if "map<" not in types[name] and "variant" not in types[name]]
     return F.coalesce(F.sum(F.xxhash64(*hashable).cast("decimal(20,0)")), F.lit(0).cast("decimal(30,0)"))
 
 
 def _hex(total: Any) -> str:
     return f"{int(total) % 2**64:016x}"
-
-
-def _quoted(name: str) -> SparkColumn:
-    return F.col("`" + name.replace("`", "``") + "`")
 
 
 @dataclass(frozen=True)
