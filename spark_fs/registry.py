@@ -368,21 +368,20 @@ class Registry:
 
     def set_watermark(self, view: ViewSpec, watermark: Watermark) -> None:
         """Note what has been published; it never moves back to an older table version."""
-        try:
-            self._set_watermark(view, watermark)
-        except IntegrityError:
-            self._set_watermark(view, watermark)  # another process has just written the first one: now there is one to move
-
-    def _set_watermark(self, view: ViewSpec, watermark: Watermark) -> None:
         values = {"table_version": watermark.table_version, "end_us": to_micros(watermark.end)}
-        mine = self._of(_watermarks, view)
-        with self._transaction() as connection:
-            behind = mine & (_watermarks.c.table_version <= watermark.table_version)
-            if connection.execute(_watermarks.update().where(behind).values(values)).rowcount:
-                return
-            if connection.execute(sa.select(_watermarks.c.table_version).where(mine)).scalar() is None:
+        if self._move_watermark(view, values):
+            return
+        try:
+            with self._transaction() as connection:
                 identity = {"project": self.project, "view": view.name, "version": view.version}
                 connection.execute(_watermarks.insert().values(**identity, **values))
+        except IntegrityError:  # there is one: newer than ours, or another process has just written it
+            self._move_watermark(view, values)
+
+    def _move_watermark(self, view: ViewSpec, values: Mapping[str, int]) -> bool:
+        behind = self._of(_watermarks, view) & (_watermarks.c.table_version <= values["table_version"])
+        with self._transaction() as connection:
+            return bool(connection.execute(_watermarks.update().where(behind).values(values)).rowcount)
 
     # Runs: what was done when, and how it ended.
 

@@ -12,6 +12,7 @@ import tempfile
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from datetime import datetime, timedelta, timezone
 from pathlib import Path
 
@@ -288,18 +289,21 @@ def test_builds_begun_at_once_get_numbers_of_their_own(url):
 
 
 def test_watermarks_set_at_once_end_at_the_newest(url):
-    """Also when it is the view's first."""
+    """Also when it is the view's first: each round is one of a new view version."""
     many = 8
     registries = [Registry(url, "shop") for _ in range(many)]
     barrier = threading.Barrier(many)
 
-    def publish(numbered: tuple[int, Registry]) -> None:
-        barrier.wait()
-        numbered[1].set_watermark(VIEW, Watermark(numbered[0], NOON + numbered[0] * HOUR))
+    for version in range(1, 21):
+        view = replace(VIEW, version=version)
 
-    with ThreadPoolExecutor(many) as pool:
-        list(pool.map(publish, enumerate(registries)))
-    assert registries[0].watermark(VIEW) == Watermark(many - 1, NOON + (many - 1) * HOUR)
+        def publish(numbered: tuple[int, Registry], view: ViewSpec = view) -> None:
+            barrier.wait()
+            numbered[1].set_watermark(view, Watermark(numbered[0], NOON + numbered[0] * HOUR))
+
+        with ThreadPoolExecutor(many) as pool:
+            list(pool.map(publish, enumerate(registries)))
+        assert registries[0].watermark(view) == Watermark(many - 1, NOON + (many - 1) * HOUR)
 
 
 # Builds, watermarks, runs, datasets.
