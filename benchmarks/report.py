@@ -27,13 +27,20 @@ class Report:
         spread: tuple[float, float] | None = None,
         at_least: float | None = None,
         at_most: float | None = None,
-    ) -> None:
-        """One JSON line: name, median value, unit, spread (least, greatest), target and whether it is met."""
+        judged: bool = True,
+    ) -> bool | None:
+        """One JSON line: name, median value, unit, spread (least, greatest), target and whether it is met, also returned.
+
+        Not ``judged``, on data too small to tell, ``met`` is null, as without a target.
+        """
         target = at_least if at_least is not None else at_most
-        met = None if target is None else value >= target if at_least is not None else value <= target
+        met = None
+        if judged and target is not None:
+            met = value >= target if at_least is not None else value <= target
         self.all_met = self.all_met and met is not False
         line = {"name": name, "value": round(value, 3), "unit": unit, "spread": spread and [round(edge, 3) for edge in spread]}
         print(json.dumps({**line, "target": target, "met": met}), flush=True)
+        return met
 
     @property
     def exit_code(self) -> int:
@@ -41,12 +48,12 @@ class Report:
         return 0 if self.all_met else 1
 
 
-def spark_session(folder: Path, name: str, *, memory: str = "4g", partitions: int = 8) -> SparkSession:
-    """Spark on two cores with Delta, working in ``folder``; its optimising compiler is on, for these jobs are long."""
+def spark_session(folder: Path, name: str, *, memory: str = "4g", partitions: int = 8, cores: int = 2) -> SparkSession:
+    """Spark on ``cores`` cores with Delta, working in ``folder``; its optimising compiler is on, for these jobs are long."""
     os.environ["PYSPARK_PYTHON"] = sys.executable
     session = (
         SparkSession.Builder()
-        .master("local[2]")
+        .master(f"local[{cores}]")
         .appName(name)
         .config("spark.jars", ",".join(str(jar) for jar in sorted(JARS.glob("*.jar"))))
         .config("spark.sql.extensions", "io.delta.sql.DeltaSparkSessionExtension")

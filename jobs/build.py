@@ -18,7 +18,11 @@ def main(arguments: list[str]) -> int:
         with console.progress(store.spark):
             results, error = console.results_of(lambda: store.build(options.view, options.start, options.end))
         empty = "Nothing to build: every interval up to now is there."
-        console.show([result.to_json() for result in results], options.output, title="Built", empty=empty)
+        rows = [result.to_json() if options.output == "json" else result.to_row() for result in results]
+        console.show(rows, options.output, title="Built", empty=empty)
+        for result in results:
+            if result.optimize_error:
+                console.say(f"{result.view} is built, but was not optimized: {result.optimize_error}")
         if error:
             raise error
         return ExitCode.OK

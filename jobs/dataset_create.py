@@ -11,7 +11,7 @@ from spark_fs.submit import job_arguments
 
 def main(arguments: list[str]) -> int:
     """Run the job; the exit code of the command."""
-    names, flags = ("name", "entities", "description"), ("full-feature-names", "known-at", "explain")
+    names, flags = ("name", "entities", "description", "strategy"), ("full-feature-names", "known-at", "explain")
     options = job_arguments(__doc__, arguments, names=names, many=("feature", "service"), flags=flags)
 
     def act() -> ExitCode:
@@ -20,6 +20,7 @@ def main(arguments: list[str]) -> int:
             job = store.get_historical_features(
                 options.entities, options.service[0] if options.service else options.feature,
                 full_feature_names=options.full_feature_names, known_at=options.known_at,
+                strategy=options.strategy or "auto",
             )  # fmt: skip
             console.say(job.explain())
             if options.explain:

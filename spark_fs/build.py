@@ -1,22 +1,33 @@
-"""Sources → feature tables, interval by interval; each interval is replaced as a whole, however often it runs."""
+"""Sources → feature tables, interval by interval; each interval is replaced as a whole, however often it runs.
+
+And the upkeep of what many builds leave: tables of many small files are rewritten with one sorted file a bucket.
+"""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from datetime import datetime, timedelta
 from typing import Any
 
 from pyspark.sql import DataFrame, Observation
 from pyspark.sql import functions as F
 
-from spark_fs.errors import InvalidError
+from spark_fs.config import MOST_BUCKETS
+from spark_fs.errors import ConflictError, InvalidError, summary, translate
 from spark_fs.intervals import BEGINNING, Interval, missing, text
 from spark_fs.offline.compute import acceptable, instant_literal, quoted, settle, within
-from spark_fs.offline.tables import FeatureTable, observed
+from spark_fs.offline.tables import Commit, FeatureTable, Rewrite, files_are_sorted, observed, source_bytes
 from spark_fs.registry import Registry
 from spark_fs.spec import ViewSpec
+
+#: With ``auto``, a bucket gets at most so much of the source at first, and a table no fewer buckets than this.
+_BYTES_PER_BUCKET, _FEWEST_BUCKETS = 64 * 2**20, 8
+#: The buckets of a table where nothing tells how large its source is.
+_BUCKETS_UNTOLD = 16
+#: How often a rewrite is tried that others come in the way of.
+_ATTEMPTS = 3
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,7 +36,9 @@ class BuildResult:
 
     ``rows_read`` counts the view's rows from the source; of them ``null_keys`` and ``null_times`` were set aside (no table
     can hold them), ``future`` lie past what may be built yet, ``ties_dropped`` lost a tie, ``rows_written`` are in the table.
-    ``unchanged``: nothing was read, for the source is as it was and had nothing as late as this.
+    ``unchanged``: nothing was read, for the source is as it was and had nothing as late as this. ``optimized``: the table had
+    too many files a bucket and was rewritten; ``files`` are its data files before and after. ``optimize_error`` says why that
+    failed; the build's rows are in the table all the same.
     """
 
     view: str
@@ -40,10 +53,31 @@ class BuildResult:
     ties_dropped: int
     seconds: float
     unchanged: bool = False
+    optimized: bool = False
+    files: tuple[int, int] | None = None
+    optimize_error: str | None = None
 
     def to_json(self) -> dict[str, Any]:
         """The result as JSON values."""
-        return {**asdict(self), "interval": [text(self.interval.start), text(self.interval.end)]}
+        files = list(self.files) if self.files else None
+        return {**asdict(self), "interval": [text(self.interval.start), text(self.interval.end)], "files": files}
+
+    def to_row(self) -> dict[str, Any]:
+        """The result as a row for people: of the upkeep only whether there was one, and its data files before and after."""
+        row = self.to_json()
+        files, _ = row.pop("files"), row.pop("optimize_error")  # an error is too long for a cell
+        return {**row, "optimized": files or self.optimized}
+
+
+def choose_buckets(source_bytes: int | None) -> int:
+    """How many buckets a new table gets: the smallest power of two, 8 to 1024, with at most 64 MB of its source in each.
+
+    16 where the size is not known.
+    """
+    if source_bytes is None:
+        return _BUCKETS_UNTOLD
+    enough = -(-source_bytes // _BYTES_PER_BUCKET)
+    return min(max(1 << max(enough - 1, 0).bit_length(), _FEWEST_BUCKETS), MOST_BUCKETS)
 
 
 def intervals_to_build(
@@ -101,28 +135,21 @@ def build_interval(
     frame: DataFrame,
     interval: Interval,
     *,
-    buckets: int,
+    buckets: int | None,
     latest: datetime,
     source_state: str | None = None,
 ) -> BuildResult:
     """Replace one interval of the feature table by the rows of ``frame`` (see ``compute.feature_frame``), in one commit.
 
-    The table is created when it is not there. Rows at or after ``latest`` are counted as future. Runs one Spark job for the
-    write; the registry notes the build before and after it.
+    The table is created when it is not there, with ``buckets`` buckets (None: see ``choose_buckets``). Rows at or after
+    ``latest`` are counted as future. Runs one Spark job for the write; the registry notes the build before and after it.
     """
     view, began = table.view, time.monotonic()
-    table.create(buckets)
+    if not table.exists():
+        table.create(choose_buckets(source_bytes(frame)) if buckets is None else buckets)
     build = registry.begin_build(view, interval)
     try:
-        seen, kept = Observation(), Observation()
-        measures, all_rows = _counts(view, interval, latest), [F.count(F.lit(1)).alias("rows")]
-        rows = frame.observe(seen, *measures).where(acceptable(view) & within(interval))
-        settled = settle(view, rows, table.buckets()).withColumn("_build", F.lit(build))
-        columns = [*view.key_names, "event_timestamp", "created_timestamp", *view.feature_names, "_build", "_bucket"]
-        note = {"view": view.reference, "build": build, "interval": [text(interval.start), text(interval.end)]}
-        placed = settled.select(*columns)
-        table.replace(placed.observe(kept, *all_rows), interval, build, note)
-        counts, written = observed(seen, frame, measures), observed(kept, placed, all_rows)["rows"]
+        counts, written = _place(table, frame, interval, build, latest)
     except BaseException as error:
         state = "failed" if isinstance(error, Exception) else "interrupted"
         registry.finish_build(view, build, state, {"error": type(error).__name__})
@@ -145,6 +172,45 @@ def build_interval(
     return result
 
 
+def _place(
+    table: FeatureTable, frame: DataFrame, interval: Interval, build: int, latest: datetime
+) -> tuple[dict[str, Any], int]:
+    """As ``_replace``, in the table's buckets; once more where upkeep of the table came in between, which changes no rows."""
+    for attempts_left in reversed(range(_ATTEMPTS)):
+        buckets = table.buckets()
+        try:
+            found = _replace(table, frame, interval, build, buckets, latest)
+        except Exception as error:
+            conflict = isinstance(translate(error), ConflictError)
+            if not (conflict and attempts_left and table.commits()[0].rewrite):
+                raise
+            continue
+        # Else redistributed between our look at the number and Delta's at the table: the rows lie in wrong buckets.
+        if table.buckets() == buckets:
+            return found
+    raise ConflictError.of(
+        "SFS-410",
+        f"The buckets of feature table '{table.view.reference}' change again and again.",
+        why=f"Rows of build {build} may lie in wrong ones; the interval is not noted as built.",
+        fix="run the same command again",
+    )
+
+
+def _replace(
+    table: FeatureTable, frame: DataFrame, interval: Interval, build: int, buckets: int, latest: datetime
+) -> tuple[dict[str, Any], int]:
+    """Put the frame's rows of the interval into the table: what was counted of the frame, and the rows written."""
+    view, seen, kept = table.view, Observation(), Observation()
+    measures, all_rows = _counts(view, interval, latest), [F.count(F.lit(1)).alias("rows")]
+    rows = frame.observe(seen, *measures).where(acceptable(view) & within(interval))
+    settled = settle(view, rows, buckets).withColumn("_build", F.lit(build))
+    columns = [*view.key_names, "event_timestamp", "created_timestamp", *view.feature_names, "_build", "_bucket"]
+    note = {"view": view.reference, "build": build, "interval": [text(interval.start), text(interval.end)]}
+    placed = settled.select(*columns)
+    table.replace(placed.observe(kept, *all_rows), interval, build, note)
+    return observed(seen, frame, measures), observed(kept, placed, all_rows)["rows"]
+
+
 def _counts(view: ViewSpec, interval: Interval, latest: datetime) -> list[Any]:
     event, inside = F.col("event_timestamp"), acceptable(view) & within(interval)
     no_key = F.lit(False)
@@ -158,3 +224,107 @@ def _counts(view: ViewSpec, interval: Interval, latest: datetime) -> list[Any]:
         F.count_if(event >= instant_literal(interval.end)).alias("beyond"),
         F.count_if(inside).alias("inside"),
     ]
+
+
+@dataclass(frozen=True, slots=True)
+class RewritePlan:
+    """What an upkeep of a table will do: the rewrite (None: nothing), and why."""
+
+    rewrite: Rewrite | None
+    reason: str
+
+
+def plan_rewrite(log: Sequence[Commit], files: Mapping[int, int], buckets: int, wanted: int | None = None) -> RewritePlan:
+    """Decide which buckets of a table to write anew: those with several files, and those whose file may be unsorted.
+
+    ``log``: the table's commits, newest first. ``files``: how many data files each bucket has at the newest of them, out of
+    ``buckets`` buckets. With another number ``wanted`` all rows are moved into so many buckets.
+    """
+    version = log[0].version
+    if wanted is not None and wanted != buckets:
+        return RewritePlan(Rewrite(version, wanted, tuple(range(wanted))), f"from {buckets} to {wanted} buckets")
+    several = [bucket for bucket, count in sorted(files.items()) if count > 1]
+    if not files_are_sorted(log):
+        return _planned(version, buckets, sorted(files), f"{len(several)} with several files, the others perhaps unsorted")
+    return _planned(version, buckets, several, f"{len(several)} with several files")
+
+
+def _planned(version: int, buckets: int, chosen: Sequence[int], reason: str) -> RewritePlan:
+    if not chosen:
+        return RewritePlan(None, "nothing to do: one sorted file a bucket")
+    return RewritePlan(Rewrite(version, buckets, tuple(chosen)), f"{len(chosen)} of {buckets} buckets: {reason}")
+
+
+@dataclass(frozen=True, slots=True)
+class OptimizeResult:
+    """What upkeep did to one feature table: of its ``buckets`` buckets ``rewritten`` were written anew, with ``rows`` rows.
+
+    ``files``: data files before and after. ``table_version`` is that of the commit; where there was nothing to do, the
+    newest, and ``rewritten`` is 0.
+    """
+
+    view: str
+    table_version: int
+    buckets: int
+    rewritten: int
+    rows: int
+    files: tuple[int, int]
+    reason: str
+    seconds: float
+
+    def to_json(self) -> dict[str, Any]:
+        """The result as JSON values."""
+        return {**asdict(self), "files": list(self.files)}
+
+
+def optimize_table(table: FeatureTable, buckets: int | None = None) -> OptimizeResult:
+    """Leave one sorted file in each bucket of the table, or redistribute it to ``buckets`` buckets; no row changes.
+
+    One commit, or none where there is nothing to do. Runs Spark jobs over the buckets that need it. Raises ConflictError
+    SFS-410 where others came in the way again and again.
+    """
+    for attempts_left in reversed(range(_ATTEMPTS)):
+        try:
+            return _optimize(table, buckets)
+        except ConflictError:
+            if not attempts_left:
+                raise
+    raise AssertionError("unreachable: the last attempt returns or raises")
+
+
+def _optimize(table: FeatureTable, buckets: int | None) -> OptimizeResult:
+    began, log = time.monotonic(), table.commits()
+    version = log[0].version
+    before, having = table.files_by_bucket(version), table.buckets(version)
+    plan, rows = plan_rewrite(log, before, having, buckets), 0
+    if plan.rewrite:
+        version, rows = table.rewrite(plan.rewrite)
+    after = table.files_by_bucket(version)
+    return OptimizeResult(
+        view=table.view.reference,
+        table_version=version,
+        buckets=plan.rewrite.buckets if plan.rewrite else having,
+        rewritten=len(plan.rewrite.rewritten) if plan.rewrite else 0,
+        rows=rows,
+        files=(before.total(), after.total()),
+        reason=plan.reason,
+        seconds=round(time.monotonic() - began, 3),
+    )
+
+
+def keep_layout(table: FeatureTable, built: BuildResult, max_files_per_bucket: int) -> BuildResult:
+    """Optimize the table after a build if it has more files a bucket, on average, than allowed (0: any number).
+
+    The build's result, with what came of it; its rows are committed, so no failure is raised.
+    """
+    if built.unchanged or not max_files_per_bucket:
+        return built
+    try:
+        version = table.version()
+        files = len(table.data_files(version))
+        if files <= max_files_per_bucket * table.buckets(version):
+            return built
+        done = optimize_table(table)
+    except Exception as error:  # noqa: BLE001  # what was built must not be reported as failed
+        return replace(built, optimize_error=summary(error))
+    return replace(built, optimized=done.rewritten > 0, files=done.files)

@@ -211,6 +211,31 @@ def _instant(value: str) -> Any:
         raise InvalidError.of("SFS-207", f"{error}.") from error
 
 
+def _bucket_count(_context: click.Context, option: click.Parameter, value: int | None) -> int | None:
+    from spark_fs.config import MOST_BUCKETS, is_bucket_count
+
+    if value is not None and not is_bucket_count(value):
+        raise click.BadParameter(f"{value} is no power of two from 1 to {MOST_BUCKETS}.", param=option)
+    return value
+
+
+@main.command()
+@click.argument("views", nargs=-1)
+@click.option("--buckets", type=int, callback=_bucket_count, help="Redistribute the rows to so many buckets (a power of two).")
+@submitted
+@click.pass_context
+def optimize(context: click.Context, views: tuple[str, ...], buckets: int | None, output: str, print_only: bool) -> None:
+    r"""Rewrite feature tables (default: all) with one sorted file a bucket, where builds have left many; changes no row.
+
+    \b
+    Examples:
+      spark-fs optimize
+      spark-fs optimize weather --buckets 64
+    """
+    arguments = _repeated("view", views) + _repeated("buckets", [str(buckets)] if buckets else [])
+    submit_job(context, "optimize", arguments, output, print_only=print_only)
+
+
 @main.group()
 def dataset() -> None:
     """Training datasets: create, list, show, verify."""
@@ -222,13 +247,15 @@ def dataset() -> None:
 @click.option("--features", "features", multiple=True, required=True, help="view:feature (repeat it), or one service.")
 @click.option("--full-feature-names", is_flag=True, help="Name columns view__feature.")
 @click.option("--known-at", is_flag=True, help="A value counts only from its created time on.")
+@click.option("--strategy", type=click.Choice(("auto", "window", "colocated")), default="auto", show_default=True,
+              help="How feature rows are found; the result is the same.")  # fmt: skip
 @click.option("--explain", is_flag=True, help="Only print how the join would run.")
 @click.option("--description", default="", help="What the dataset is for.")
 @submitted
 @click.pass_context
 def dataset_create(
     context: click.Context, name: str, entities: str, features: tuple[str, ...], full_feature_names: bool, known_at: bool,
-    explain: bool, description: str, output: str, print_only: bool,
+    strategy: str, explain: bool, description: str, output: str, print_only: bool,
 ) -> None:  # fmt: skip
     r"""Join features to entities as of each row's event_timestamp, and save the next version of dataset NAME.
 
@@ -238,7 +265,8 @@ def dataset_create(
       spark-fs dataset create delays --entities "SELECT …" --features weather:wind_mph --features plane_facts:seats
     """
     kind = "service" if len(features) == 1 and ":" not in features[0] else "feature"
-    arguments = ["--name", name, "--entities", entities, "--description", description, *_repeated(kind, features)]
+    arguments = ["--name", name, "--entities", entities, "--description", description, "--strategy", strategy]
+    arguments += _repeated(kind, features)
     flags = {"full-feature-names": full_feature_names, "known-at": known_at, "explain": explain}
     arguments += [f"--{flag}" for flag, given in flags.items() if given]
     submit_job(context, "dataset_create", arguments, output, print_only=print_only)

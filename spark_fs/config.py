@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError, field_validator
 from pydantic import Field as Setting
 
 from spark_fs.errors import InvalidError, Problem, did_you_mean
@@ -23,6 +23,14 @@ from spark_fs.errors import InvalidError, Problem, did_you_mean
 SECRET_NAME = re.compile(
     r"password|passwd|passphrase|pwd|secret|token|credential|(private|access|api|account|shared).?key", re.IGNORECASE
 )
+
+#: As many as the online store has tags: more buckets than this gain nothing.
+MOST_BUCKETS = 1024
+
+
+def is_bucket_count(value: object) -> bool:
+    """Whether a feature table may have so many buckets: a power of two from 1 to 1024."""
+    return type(value) is int and 1 <= value <= MOST_BUCKETS and value & (value - 1) == 0
 
 
 class _Section(BaseModel):
@@ -41,7 +49,18 @@ class OfflineConfig(_Section):
     """Where feature tables and training datasets lie."""
 
     root: str = Setting(".spark_fs/offline", description="folder or URI; relative to the project")
-    buckets: int = Setting(8, ge=1, le=1024, description="buckets of a new feature table; a power of two")
+    buckets: Literal["auto"] | int = Setting(
+        "auto", description="buckets of a new feature table: 'auto' (by the size of its source), or a power of two"
+    )
+
+    @field_validator("buckets", mode="before")
+    @classmethod
+    def _auto_or_a_power_of_two(cls, value: Any) -> Any:
+        if isinstance(value, str) and value.isascii() and value.isdigit():
+            value = int(value)
+        if value != "auto" and not is_bucket_count(value):
+            raise ValueError(f"It must be 'auto' or a power of two from 1 to {MOST_BUCKETS}")
+        return value
 
 
 class OnlineConfig(_Section):
@@ -58,6 +77,9 @@ class BuildConfig(_Section):
     """How feature tables are built."""
 
     max_future_seconds: int = Setting(86_400, ge=0, description="an interval may end at most this far in the future")
+    max_files_per_bucket: int = Setting(
+        32, ge=0, description="with more data files a bucket, on average, a build also optimizes the table; 0: never"
+    )
 
 
 class SparkConfig(_Section):
@@ -142,9 +164,6 @@ def load_environment(root: Path | str = ".", name: str | None = None) -> Environ
     except ValidationError as error:
         reader.problems += [_problem(detail, reader.positions) for detail in error.errors()]
         config = None
-    if config is not None and config.offline.buckets & (config.offline.buckets - 1):
-        where = reader.positions.get(("offline", "buckets"), "")
-        reader.problems.append(Problem("SFS-206", "offline.buckets must be a power of two.", where=where, fix="8, 16, 32 …"))
     reader.problems += [
         Problem(
             "SFS-209",

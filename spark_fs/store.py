@@ -12,7 +12,7 @@ from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from spark_fs.config import load_environment
+from spark_fs.config import MOST_BUCKETS, is_bucket_count, load_environment
 from spark_fs.errors import (
     InvalidError,
     PartlyDoneError,
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     import pandas
     from pyspark.sql import DataFrame, SparkSession
 
-    from spark_fs.build import BuildResult
+    from spark_fs.build import BuildResult, OptimizeResult
     from spark_fs.definitions import FeatureService
     from spark_fs.materialize import MaterializeResult
     from spark_fs.offline.datasets import Dataset, OfflineStore, RetrievalJob
@@ -95,13 +95,14 @@ class FeatureStore:
         """Bring feature tables up to ``end`` (exclusive; default: now), or rebuild ``[start, end)`` where a start is given.
 
         A view whose source has drifted or cannot be read is refused before anything of it is written, with all its
-        problems. It does not stop the others: PartlyDoneError then holds their results.
+        problems. It does not stop the others: PartlyDoneError then holds their results. A table that has got too many files
+        a bucket (``build.max_files_per_bucket``) is optimized.
         """
-        from spark_fs.build import build_interval, intervals_to_build, note_unchanged
+        from spark_fs.build import build_interval, intervals_to_build, keep_layout, note_unchanged
 
-        now = datetime.now(timezone.utc)
-        allowed = timedelta(seconds=self.environment.config.build.max_future_seconds)
-        buckets = self.environment.config.offline.buckets
+        now, settings = datetime.now(timezone.utc), self.environment.config
+        allowed = timedelta(seconds=settings.build.max_future_seconds)
+        buckets = None if settings.offline.buckets == "auto" else settings.offline.buckets
 
         def build_one(view: ViewSpec) -> list[BuildResult]:
             todo = intervals_to_build(self.registry.built(view), start, end, now, allowed)
@@ -116,10 +117,30 @@ class FeatureStore:
                     buckets=buckets, latest=now + allowed, source_state=source_state,
                 )  # fmt: skip
 
-            return [build(interval) for interval in todo]
+            done = [build(interval) for interval in todo]
+            kept = [keep_layout(self._offline.table(view), last, settings.build.max_files_per_bucket) for last in done[-1:]]
+            return [*done[:-1], *kept]
 
         chosen = _choose(self.registry.state(), views)
         return self._each("build", chosen, build_one)
+
+    def optimize(self, views: Iterable[str] | None = None, buckets: int | None = None) -> list[OptimizeResult]:
+        """Leave one sorted file in each bucket of the feature tables; with ``buckets`` redistribute them to so many.
+
+        No row changes, so nothing becomes new to publish. Views without a table are passed over; tables with nothing to do are
+        left alone. Joins and builds may run meanwhile. InvalidError SFS-411 for a number that is no power of two up to 1024.
+        """
+        from spark_fs.build import optimize_table
+
+        if buckets is not None and not is_bucket_count(buckets):
+            fix = f"a power of two from 1 to {MOST_BUCKETS}"
+            raise InvalidError.of("SFS-411", f"A feature table cannot have {buckets} buckets.", fix=fix)
+
+        def optimize_one(view: ViewSpec) -> list[OptimizeResult]:
+            table = self._offline.table(view)
+            return [optimize_table(table, buckets)] if table.exists() else []
+
+        return self._each("optimize", _choose(self.registry.state(), views), optimize_one)
 
     def missing(self, views: Iterable[str] | None = None, end: datetime | None = None) -> dict[str, list[Interval]]:
         """The intervals up to ``end`` (default: now) that no build has covered yet, by view."""
@@ -135,19 +156,24 @@ class FeatureStore:
         *,
         full_feature_names: bool = False,
         known_at: bool = False,
+        strategy: str = "auto",
     ) -> RetrievalJob:
         """The features as they were at each row's ``event_timestamp``; see ``RetrievalJob``. Wrong names are refused now.
 
         ``entity_df``: a Spark or pandas DataFrame, SQL text, a path (Delta or Parquet) or a table name, with the join keys and
         ``event_timestamp``. ``features``: ``["view:feature", "view@2:feature"]`` or a service. With ``known_at`` a value counts
-        only from its created time on.
+        only from its created time on. ``strategy``: ``auto`` reads feature tables where they lie and joins other rows by one
+        window; ``window`` or ``colocated`` asks for one of the two. The result is the same.
         """
         from spark_fs.offline.datasets import RetrievalJob
         from spark_fs.offline.spines import read_spine
 
         selections = self.resolve_features(features)
         spine, origin = read_spine(self.spark, entity_df, self.environment.resolve)
-        return RetrievalJob(self._offline, spine, origin, selections, full_feature_names=full_feature_names, known_at=known_at)
+        return RetrievalJob(
+            self._offline, spine, origin, selections,
+            full_feature_names=full_feature_names, known_at=known_at, strategy=strategy,
+        )  # fmt: skip
 
     def get_dataset(self, name: str, version: int | None = None) -> Dataset:
         """A saved training dataset (default: its newest version)."""

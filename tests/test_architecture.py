@@ -21,7 +21,8 @@ PACKAGE = ROOT / "spark_fs"
 ORDER = [
     "errors", "intervals", "types", "spec", "definitions", "config", "transformations", "repo", "registry", "plan",
     "jars", "session",
-    "offline.files", "offline.compute", "offline.tables", "offline.asof_plan", "offline.asof",
+    "offline.files", "offline.layout", "offline.compute", "offline.tables", "offline.placement", "offline.asof_plan",
+    "offline.blocks", "offline.colocated", "offline.asof",
     "offline.spines", "offline.datasets",
     "online.codec", "online.encode", "online.redis_store", "online.executor", "online.server", "online.read",
     "doctor", "build", "materialize", "store", "console", "submit", "template",

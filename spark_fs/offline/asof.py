@@ -10,16 +10,23 @@ created ≤ t. The winner has the greatest (event, created, row hash), null crea
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from datetime import datetime, timedelta
 from functools import reduce
 from operator import and_, or_
 
-from pyspark.sql import Column, DataFrame, Window
+from pyspark.errors import PySparkException
+from pyspark.sql import Column, DataFrame, SparkSession, Window
 from pyspark.sql import functions as F
+from pyspark.sql.pandas.types import to_arrow_schema, to_arrow_type
+from pyspark.sql.types import DataType, StructField, StructType
 
 from spark_fs.intervals import BEGINNING, UTC, from_micros, to_micros
 from spark_fs.offline.asof_plan import AsofGroup, AsofPlan, AsofView, SpineStats, plan_asof
-from spark_fs.offline.compute import row_hash
+from spark_fs.offline.colocated import NO_RESIDUE, PartitionJoin, Scan
+from spark_fs.offline.compute import key_residue, row_hash
+from spark_fs.offline.layout import DataFile
+from spark_fs.offline.placement import RESIDUES, Placement
 
 __all__ = ["AsofGroup", "AsofPlan", "AsofView", "SpineStats", "asof_join", "execute", "plan_asof", "spine_stats"]
 
@@ -31,14 +38,29 @@ _UNHASHABLE = ("map<", "variant")
 _FEATURE_SIDE, _SPINE_SIDE = 0, 1
 
 
-def spine_stats(spine: DataFrame, time_column: str, keys: Iterable[Sequence[str]]) -> SpineStats:
-    """Count the spine once, for ``plan_asof``: rows, range of times, distinct keys of each tuple of key columns.
+def spine_stats(
+    spine: DataFrame,
+    time_column: str,
+    keys: Iterable[Sequence[str]] = (),
+    residues: Iterable[Sequence[str]] = (),
+) -> SpineStats:
+    """Count the spine, for ``plan_asof``: rows, range of times, and for tuples of key columns how their values are spread.
 
-    Starts ONE Spark job, the only one of this module. The spine is evaluated here and again by the join, and what is
-    pruned rests on both giving the same rows: persist a spine that does not (a sample, a LIMIT, rand()).
+    ``keys``: tuples whose distinct values are estimated, which a window join uses; ``residues``: tuples whose rows are counted
+    by the checksum of their values, which a colocated join uses. One Spark job, a second where both are asked; no other
+    function here starts one. The spine is evaluated here and again by the join; what is pruned rests on both giving the same
+    rows: persist a spine that does not (a sample, a LIMIT, rand()).
     """
+    tuples = list(dict.fromkeys(tuple(names) for names in residues if names))
+    distinct = sorted({tuple(sorted(names)) for names in keys if names})
+    if not tuples:
+        return _counted(spine, time_column, distinct)
+    stats = _counted_by_residue(spine, time_column, tuples)
+    return replace(stats, distinct_keys=_counted(spine, time_column, distinct).distinct_keys) if distinct else stats
+
+
+def _counted(spine: DataFrame, time_column: str, tuples: Sequence[tuple[str, ...]]) -> SpineStats:
     plain, at = _plain(spine)
-    tuples = sorted({tuple(sorted(names)) for names in keys if names})
     time = F.col(at[time_column])
     counted = [F.count_if(time.isNull()), F.min(F.unix_micros(time)), F.max(F.unix_micros(time))]
     for names in tuples:
@@ -51,9 +73,57 @@ def spine_stats(spine: DataFrame, time_column: str, keys: Iterable[Sequence[str]
     return SpineStats(rows, null_times, _instant(first), _instant(last), dict(zip(tuples, distinct, strict=True)))
 
 
+def _counted_by_residue(spine: DataFrame, time_column: str, tuples: Sequence[tuple[str, ...]]) -> SpineStats:
+    plain, at = _plain(spine)
+    types, time = dict(spine.dtypes), F.col(at[time_column])
+    each = [key_residue([(F.col(at[name]), types[name]) for name in names], RESIDUES) for names in tuples]
+    # Each row once per tuple; times are taken from the first alone.
+    spread = plain.select(F.unix_micros(time).alias("time"), F.posexplode(F.array(*each)).alias("tuple", "residue"))
+    counts = (F.count(F.lit(1)), F.count("time"), F.min("time"), F.max("time"))
+    found = spread.groupBy("tuple", "residue").agg(*counts).collect()
+    by_tuple = [[0] * RESIDUES for _ in tuples]
+    for number, residue, rows, *_ in found:
+        if residue is not None:
+            by_tuple[number][residue] = rows
+    firsts = [row for row in found if row[0] == 0]
+    timed = [(first, last) for *_, first, last in firsts if first is not None]
+    total = sum(row[2] for row in firsts)
+    return SpineStats(
+        rows=total,
+        null_times=total - sum(row[3] for row in firsts),
+        first=_instant(min(first for first, _ in timed)) if timed else None,
+        last=_instant(max(last for _, last in timed)) if timed else None,
+        residues={names: tuple(counted) for names, counted in zip(tuples, by_tuple, strict=True)},
+    )
+
+
+def why_not_arrow(spine: DataFrame) -> str:
+    """Why the spine's rows cannot pass through Arrow, or an empty text."""
+    try:
+        to_arrow_schema(spine.schema)
+    except Exception as error:  # noqa: BLE001  # pyspark raises several kinds, by the type of column
+        return f"the spine has a column that Arrow does not know: {next(iter(str(error).splitlines()), '')}"
+    return ""
+
+
 def _instant(micros: int | None) -> datetime | None:
     """The instant, or the nearest that Python has where Spark's years go further."""
     return None if micros is None else from_micros(min(max(micros, to_micros(BEGINNING)), to_micros(_LAST)))
+
+
+def parallelism(spark: SparkSession) -> int:
+    """How many tasks the session runs at a time; by its shuffle partitions where it does not tell (Spark Connect)."""
+    try:
+        return max(int(spark.sparkContext.defaultParallelism), 1)
+    except PySparkException:
+        return max(int(spark.conf.get("spark.sql.shuffle.partitions") or 1), 1)
+
+
+def native_asof_note(spark: SparkSession) -> tuple[str, ...]:
+    """A line for ``explain`` where this Spark has a sort-merge as-of join of its own (SPARK-56887); we do not use it."""
+    setting = "spark.sql.join.sortMergeAsOfJoin.enabled"
+    found = spark.conf.get(setting, None)
+    return () if found is None else (f"This Spark has a sort-merge as-of join of its own ({setting}={found}); it is not used.",)
 
 
 def execute(plan: AsofPlan, spine: DataFrame, frames: Mapping[str, DataFrame]) -> DataFrame:
@@ -241,7 +311,68 @@ def _plain(frame: DataFrame) -> tuple[DataFrame, dict[str, str]]:
     return frame.toDF(*(at[name] for name in frame.columns)), at
 
 
+def _colocated(
+    plan: AsofPlan, group: AsofGroup, joined: DataFrame, spine: DataFrame, frames: Mapping[str, DataFrame]
+) -> DataFrame:
+    """All views of the group by one function over Arrow batches, which reads the views' files itself."""
+    del spine, frames  # feature rows are not touched by Spark
+    plain, at = _plain(joined)
+    moved, modulus = plain.withColumn("residue", F.lit(0)), 1
+    if group.placement is not None:
+        keys = [(F.col(at[name]), dict(joined.dtypes)[name]) for name, _ in group.keys]
+        moved, modulus = _placed(plain, keys, F.col(at[plan.spine_time]), group.placement), group.placement.modulus
+    fields = [
+        StructField(f"value{number}", DataType.fromDDL(dict(view.columns)[name]))
+        for number, (view, name) in enumerate((view, name) for view in group.views for name, _ in view.features)
+    ]
+    join = PartitionJoin(
+        scans=tuple(_scan(view, files, at) for view, files in zip(group.views, group.files, strict=True)),
+        names=tuple(column.name for column in fields),
+        time=at[plan.spine_time],
+        residue="residue",
+        modulus=modulus,
+        known_at=plan.known_at,
+    )
+    found = moved.mapInArrow(join, StructType([*plain.schema.fields, *fields]))
+    outputs = [output for view in group.views for _, output in view.features]
+    columns = [F.col(at[f.name]).alias(f.name, metadata=f.metadata) for f in joined.schema.fields]
+    return found.select(*columns, *(F.col(column.name).alias(output) for column, output in zip(fields, outputs, strict=True)))
+
+
+def _placed(plain: DataFrame, keys: Sequence[tuple[Column, str]], time: Column, placement: Placement) -> DataFrame:
+    """The spine's rows with their ``residue``, each in the partition of its task."""
+    residue = F.coalesce(key_residue(keys, placement.modulus), F.lit(NO_RESIDUE))
+    spread = F.xxhash64(*(key for key, _ in keys), time)
+    first = [sum(placement.shares[:number]) for number in range(placement.modulus)]
+    # Arrays are looked up by numbers from 1; NO_RESIDUE has no place in them.
+    share = F.get(_constants(first), residue) + F.pmod(spread, F.get(_constants(placement.shares), residue))
+    task = F.coalesce(F.get(_constants(placement.tasks), share), F.pmod(spread, F.lit(placement.count)))
+    return plain.withColumn("residue", residue).repartitionById(placement.count, task.cast("int"))
+
+
+def _constants(numbers: Sequence[int]) -> Column:
+    return F.array(*(F.lit(number) for number in numbers))
+
+
+def _scan(view: AsofView, files: Sequence[DataFile], at: Mapping[str, str]) -> Scan:
+    types = dict(view.columns)
+    by_bucket: dict[int, list[DataFile]] = {}
+    for file in files:
+        by_bucket.setdefault(file.bucket, []).append(file)
+    assert view.layout is not None
+    return Scan(
+        keys=tuple((at[spine_key], key) for spine_key, key in view.keys),
+        event=view.event_time,
+        created=view.created_time,
+        features=tuple((name, to_arrow_type(DataType.fromDDL(types[name]), timezone="UTC")) for name, _ in view.features),
+        ttl_micros=view.ttl // _MICROSECOND if view.ttl else None,
+        buckets=view.layout.buckets,
+        files={bucket: tuple(found) for bucket, found in by_bucket.items()},
+    )
+
+
 #: How a group of each strategy is joined: (plan, group, rows so far, spine, frames) → those rows with its features.
 _EXECUTORS: Mapping[str, Callable[[AsofPlan, AsofGroup, DataFrame, DataFrame, Mapping[str, DataFrame]], DataFrame]] = {
     "window": _window,
+    "colocated": _colocated,
 }

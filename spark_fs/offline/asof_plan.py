@@ -12,10 +12,14 @@ from functools import reduce
 from typing import Any
 
 from spark_fs.errors import InvalidError, Problem, did_you_mean
-from spark_fs.intervals import BEGINNING, text
+from spark_fs.intervals import BEGINNING, text, to_micros
+from spark_fs.offline.layout import DataFile, Layout
+from spark_fs.offline.placement import Placement, place
 
 #: Columns with their Spark types as text, as ``DataFrame.dtypes`` gives them.
 Columns = Sequence[tuple[str, str]]
+
+STRATEGIES = ("auto", "window", "colocated")
 
 #: Up to so many distinct keys the feature rows of other keys are dropped before the shuffle, by a broadcast semi-join.
 #: The set then takes some 10 MB per executor; it costs a second pass over the spine's keys.
@@ -34,6 +38,9 @@ class AsofView:
     output column). ``columns`` is the frame's ``dtypes``. ``ttl`` None or zero: no lower bound. ``unique``: each (keys,
     event, created) is there once; where it is not, ``hash_columns`` names ALL value columns of the view, asked for or
     not, so that ties end the same way in every request. ``source`` is what ``explain`` shows.
+
+    ``layout``: the files of a feature table, whose ``keys`` are in the order of its buckets; None for other frames.
+    ``obstacle`` says why its files cannot be read where they lie.
     """
 
     name: str
@@ -46,6 +53,8 @@ class AsofView:
     unique: bool = False
     hash_columns: tuple[str, ...] = ()
     source: str = ""
+    layout: Layout | None = None
+    obstacle: str = ""
 
     @property
     def read_columns(self) -> tuple[str, ...]:
@@ -60,7 +69,8 @@ class SpineStats:
     """What the spine tells before the join: its rows, their times, and how many keys they have.
 
     ``first`` and ``last`` are the least and greatest time, None without any; ``null_times`` counts rows without one.
-    ``distinct_keys`` estimates (± 5 %) the distinct keys without nulls of each sorted tuple of key columns.
+    ``distinct_keys`` estimates (± 5 %) the distinct keys without nulls of each sorted tuple of key columns. ``residues`` has
+    for each tuple, in its own order, the rows without null keys by their checksum modulo ``placement.RESIDUES``.
     """
 
     rows: int
@@ -68,22 +78,32 @@ class SpineStats:
     first: datetime | None
     last: datetime | None
     distinct_keys: Mapping[tuple[str, ...], int] = field(default_factory=dict)
+    residues: Mapping[tuple[str, ...], tuple[int, ...]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
 class AsofGroup:
     """Views that share their spine columns and are joined in one step.
 
-    ``keys`` pairs (spine column, Spark type in which keys are compared), in the order in which each view has its keys.
-    ``semi_join``: feature rows whose keys the spine does not have are dropped before the shuffle.
+    ``keys`` pairs (spine column, Spark type in which keys are compared), in the order in which each view has its keys; views
+    without keys may be among those of a colocated group. ``reasons`` says for each view why this strategy. ``files`` has for
+    each view those left after pruning. ``semi_join``: feature rows whose keys the spine does not have are dropped before the
+    shuffle. ``placement``: where a colocated join sends the spine's rows; None: they stay.
     """
 
     keys: tuple[tuple[str, str], ...]
     views: tuple[AsofView, ...]
     strategy: str
-    reason: str
-    semi_join: bool
-    semi_join_reason: str
+    reasons: tuple[str, ...]
+    files: tuple[tuple[DataFile, ...], ...]
+    semi_join: bool = False
+    semi_join_reason: str = ""
+    placement: Placement | None = None
+
+    @property
+    def shuffles(self) -> int:
+        """How often the spine is shuffled for this group."""
+        return 1 if self.strategy == "window" or self.placement else 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,6 +116,7 @@ class AsofPlan:
     outputs: tuple[str, ...]
     groups: tuple[AsofGroup, ...]
     stats: SpineStats | None
+    notes: tuple[str, ...] = ()
 
     def time_range(self, view: AsofView) -> tuple[datetime, datetime] | None:
         """The event times, both inclusive, outside which no row of the view can be visible; None where not known.
@@ -122,21 +143,28 @@ class AsofPlan:
             },
             "spine_time": self.spine_time,
             "known_at": self.known_at,
-            "groups": [
-                {
-                    "keys": [name for name, _ in group.keys],
-                    "strategy": group.strategy,
-                    "reason": group.reason,
-                    "semi_join": group.semi_join,
-                    "semi_join_reason": group.semi_join_reason,
-                    "views": [self._view_json(view) for view in group.views],
-                }
-                for group in self.groups
+            "groups": [self._group_json(group) for group in self.groups],
+            "shuffles": sum(group.shuffles for group in self.groups),
+            "notes": list(self.notes),
+        }
+
+    def _group_json(self, group: AsofGroup) -> dict[str, Any]:
+        return {
+            "keys": [name for name, _ in group.keys],
+            "strategy": group.strategy,
+            "shuffles": group.shuffles,
+            "tasks": group.placement.count if group.placement else None,
+            "semi_join": group.semi_join,
+            "semi_join_reason": group.semi_join_reason,
+            "views": [
+                {**self._view_json(view, files), "reason": reason}
+                for view, files, reason in zip(group.views, group.files, group.reasons, strict=True)
             ],
         }
 
-    def _view_json(self, view: AsofView) -> dict[str, Any]:
+    def _view_json(self, view: AsofView, files: Sequence[DataFile]) -> dict[str, Any]:
         bounds = self.time_range(view)
+        before = view.layout.files if view.layout else ()
         return {
             "name": view.name,
             "source": view.source,
@@ -144,6 +172,10 @@ class AsofPlan:
             "read_columns": list(view.read_columns),
             "ttl_seconds": view.ttl.total_seconds() if view.ttl else None,
             "event_time_range": bounds and [text(instant) for instant in bounds],
+            "buckets": view.layout.buckets if view.layout else None,
+            "files": {"all": len(before), "read": len(files)} if view.layout else None,
+            "bytes": {"all": _size(before), "read": _size(files)} if view.layout else None,
+            "rows": {"all": _rows(before), "read": _rows(files)} if view.layout else None,
         }
 
     def __str__(self) -> str:
@@ -156,10 +188,17 @@ class AsofPlan:
         if spine and spine["null_times"]:
             lines.append(f"{spine['null_times']:,} spine rows have no time and get nulls.")
         for number, group in enumerate(body["groups"], 1):
-            lines.append(f"{number}. keys {', '.join(group['keys']) or '(none)'}: {group['strategy']}: {group['reason']}")
-            lines.append(f"   keys before the shuffle: {group['semi_join_reason']}")
+            lines.append(f"{number}. keys {', '.join(group['keys']) or '(none)'}: {group['strategy']}: {_movement(group)}")
             lines += [line for view in group["views"] for line in _view_lines(view)]
-        return "\n".join(lines)
+        return "\n".join([*lines, *self.notes])
+
+
+def _movement(group: Mapping[str, Any]) -> str:
+    views = f"{len(group['views'])} views" if len(group["views"]) > 1 else "the view"
+    if group["strategy"] == "window":
+        return f"one shuffle and one sort for {views}; feature rows: {group['semi_join_reason']}"
+    moved = f"the spine moves once, to {group['tasks']} tasks" if group["shuffles"] else "nothing moves"
+    return f"{moved}; the rows of {views} are read where they lie"
 
 
 def _view_lines(view: Mapping[str, Any]) -> list[str]:
@@ -168,11 +207,27 @@ def _view_lines(view: Mapping[str, Any]) -> list[str]:
     seen = "all"
     if bounds:
         seen = f"up to {bounds[1]}" if view["ttl_seconds"] is None else f"{bounds[0]} to {bounds[1]}"
-    return [
+    lines = [
         f"   - {view['name']}: {view['source'] or 'a DataFrame'}",
+        f"     why: {view['reason']}",
         f"     reads {', '.join(view['read_columns'])}",
         f"     event times: {seen} ({ttl})",
     ]
+    if view["files"]:
+        files, sizes, rows = view["files"], view["bytes"], view["rows"]
+        lines.append(
+            f"     files: {files['read']:,} of {files['all']:,}, {sizes['read'] / 1e6:,.1f} of {sizes['all'] / 1e6:,.1f} MB, "
+            f"{rows['read']:,} of {rows['all']:,} rows, in {view['buckets']} buckets"
+        )
+    return lines
+
+
+def _size(files: Sequence[DataFile]) -> int:
+    return sum(file.size_bytes for file in files)
+
+
+def _rows(files: Sequence[DataFile]) -> int:
+    return sum(file.rows for file in files)
 
 
 def plan_asof(
@@ -182,43 +237,121 @@ def plan_asof(
     spine_time: str = "event_timestamp",
     stats: SpineStats | None = None,
     known_at: bool = False,
+    strategy: str = "auto",
+    spine_obstacle: str = "",
+    parallelism: int = 2,
+    notes: Sequence[str] = (),
 ) -> AsofPlan:
     """Check the request and decide how to join. Starts no Spark job and needs no Spark.
 
     ``spine_columns`` is the spine's ``dtypes``. Without ``stats`` nothing is pruned by time or key: plan once without
     them to have the names and types checked before ``spine_stats`` starts a job, then again with them.
 
+    ``strategy``: ``window``, ``colocated`` or ``auto``, which is colocated for every view that has a ``layout`` and no
+    ``obstacle``, unless ``spine_obstacle`` says why the spine's rows cannot pass through Arrow. ``parallelism``: how many tasks
+    run at a time. ``notes`` are lines for ``explain``.
+
     Raises InvalidError with all problems at once: SFS-503 an output name is taken (case does not tell names apart),
     SFS-504 a column is missing or there twice, SFS-505 key types that cannot be compared exactly, SFS-506 a time column
-    that is not TIMESTAMP, SFS-507 ``known_at`` for a view without created time, SFS-508 a negative ttl.
+    that is not TIMESTAMP, SFS-507 ``known_at`` for a view without created time, SFS-508 a negative ttl, SFS-513 a strategy
+    that is unknown or, asked for, cannot join a view.
     """
-    problems = list(_problems(views, spine_columns, spine_time, known_at))
+    problems = [
+        *_problems(views, spine_columns, spine_time, known_at),
+        *_strategy_problems(views, strategy, spine_obstacle),
+    ]
     if problems:
         raise InvalidError(*problems)
-    grouped: dict[tuple[str, ...], list[AsofView]] = {}
+    grouped: dict[tuple[str, tuple[str, ...]], list[tuple[AsofView, str]]] = {}
     for view in views:
-        view = replace(view, keys=tuple(sorted(view.keys)))
-        grouped.setdefault(tuple(spine for spine, _ in view.keys), []).append(view)
-    return AsofPlan(
+        chosen, reason = _decide_strategy(view, strategy, spine_obstacle)
+        if chosen == "window":  # the order of the keys plays a part only where rows lie by them
+            view = replace(view, keys=tuple(sorted(view.keys)))
+        grouped.setdefault((chosen, tuple(spine for spine, _ in view.keys)), []).append((view, reason))
+    _attach_keyless(grouped)
+    # The fewest columns first: they are moved again by each step that follows.
+    order = sorted(grouped, key=lambda group: (group[0] != "window", sum(len(view.features) for view, _ in grouped[group])))
+    plan = AsofPlan(
         spine_columns=tuple(name for name, _ in spine_columns),
         spine_time=spine_time,
         known_at=known_at,
         outputs=tuple(output for view in views for _, output in view.features),
-        groups=tuple(_plan_group(keys, members, dict(spine_columns), stats) for keys, members in grouped.items()),
+        groups=(),
         stats=stats,
+        notes=tuple(notes),
     )
+    groups = [_plan_group(plan, *group, grouped[group], dict(spine_columns), parallelism) for group in order]
+    return replace(plan, groups=tuple(groups))
+
+
+def _strategy_problems(views: Sequence[AsofView], strategy: str, spine_obstacle: str) -> Iterator[Problem]:
+    if strategy not in STRATEGIES:
+        fix = did_you_mean(strategy, STRATEGIES) or f"one of {', '.join(STRATEGIES)}"
+        yield Problem("SFS-513", f"There is no join strategy '{strategy}'.", fix=fix)
+    if strategy == "colocated":
+        for view in views:
+            if why := spine_obstacle or _obstacle(view):
+                fix = "use strategy auto, or build the view"
+                yield Problem("SFS-513", f"View '{view.name}' cannot be joined where its rows lie.", f"{why}.", fix=fix)
+
+
+def _obstacle(view: AsofView) -> str:
+    return view.obstacle or ("" if view.layout else "its rows do not come from a feature table")
+
+
+def _decide_strategy(view: AsofView, strategy: str, spine_obstacle: str) -> tuple[str, str]:
+    if strategy == "window":
+        return "window", "asked for"
+    if obstacle := _obstacle(view) or spine_obstacle:
+        return "window", obstacle
+    return "colocated", "asked for" if strategy == "colocated" else "a feature table, with files that can be read in place"
+
+
+def _attach_keyless(grouped: dict[tuple[str, tuple[str, ...]], list[tuple[AsofView, str]]]) -> None:
+    """Views without keys match rows of every key: they need no step of their own where there is another colocated one."""
+    others = [group for group in grouped if group[0] == "colocated" and group[1]]
+    if others and ("colocated", ()) in grouped:
+        grouped[others[0]] += grouped.pop(("colocated", ()))
 
 
 def _plan_group(
-    keys: tuple[str, ...], views: Sequence[AsofView], spine: Mapping[str, str], stats: SpineStats | None
+    plan: AsofPlan,
+    strategy: str,
+    keys: tuple[str, ...],
+    members: Sequence[tuple[AsofView, str]],
+    spine: Mapping[str, str],
+    parallelism: int,
 ) -> AsofGroup:
-    semi_join, reason = _decide_semi_join(keys, stats)
+    views, reasons = zip(*members, strict=True)
+    keyed = [view for view in views if view.keys]
     types = [
-        reduce(_wider, (dict(view.columns)[view.keys[position][1]] for view in views), spine[name])
+        reduce(_wider, (dict(view.columns)[view.keys[position][1]] for view in keyed), spine[name])
         for position, name in enumerate(keys)
     ]
-    shuffle = "one shuffle and one sort for " + (f"{len(views)} views" if len(views) > 1 else "the view")
-    return AsofGroup(tuple(zip(keys, types, strict=True)), tuple(views), "window", shuffle, semi_join, reason)
+    files = tuple(_visible_files(plan, view) for view in views)
+    group = AsofGroup(tuple(zip(keys, types, strict=True)), views, strategy, reasons, files)
+    if strategy == "window":
+        semi_join, reason = _decide_semi_join(keys, plan.stats)
+        return replace(group, semi_join=semi_join, semi_join_reason=reason)
+    if not keys:
+        return group
+    lying = [(view.layout.buckets, found) for view, found in zip(views, files, strict=True) if view.keys and view.layout]
+    return replace(group, placement=place(lying, plan.stats.residues.get(keys) if plan.stats else None, parallelism))
+
+
+def _visible_files(plan: AsofPlan, view: AsofView) -> tuple[DataFile, ...]:
+    """The view's files that can hold a visible row, by the event times that the table's log states."""
+    if view.layout is None or (plan.stats is not None and plan.stats.first is None):
+        return ()
+    bounds = plan.time_range(view)
+    if bounds is None:
+        return view.layout.files
+    first, last = to_micros(bounds[0]), to_micros(bounds[1])
+    return tuple(
+        file
+        for file in view.layout.files
+        if (file.first is None or file.first <= last) and (not view.ttl or file.last is None or file.last >= first)
+    )
 
 
 def _decide_semi_join(keys: tuple[str, ...], stats: SpineStats | None) -> tuple[bool, str]:

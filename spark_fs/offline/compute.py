@@ -74,7 +74,12 @@ def settle(view: ViewSpec, frame: DataFrame, buckets: int) -> DataFrame:
 
 def bucket_of(keys: Sequence[Column], buckets: int) -> SparkColumn:
     """The bucket of a row: CRC-32 of its key bytes modulo ``buckets``."""
-    return F.pmod(F.crc32(key_bytes(keys)), F.lit(buckets)).cast("int")
+    return key_residue([(quoted(key.name), key.type.spark) for key in keys], buckets)
+
+
+def key_residue(keys: Sequence[tuple[SparkColumn, str]], modulus: int) -> SparkColumn:
+    """What ``bucket_of`` gives, for keys as columns with their Spark types; null where any key is null."""
+    return F.pmod(F.crc32(_joined_bytes([_key_text(column, type_) for column, type_ in keys])), F.lit(modulus)).cast("int")
 
 
 def row_hash(value_columns: Sequence[str]) -> SparkColumn:
@@ -89,7 +94,10 @@ def key_bytes(keys: Sequence[Column]) -> SparkColumn:
 
     Null where any key is null. ``online.codec.key_bytes`` gives the same bytes for the same Python values.
     """
-    texts = [_key_text(key) for key in keys]
+    return _joined_bytes([_key_text(quoted(key.name), key.type.spark) for key in keys])
+
+
+def _joined_bytes(texts: Sequence[SparkColumn]) -> SparkColumn:
     if not texts:
         return F.lit(b"")
     if len(texts) == 1:
@@ -98,13 +106,12 @@ def key_bytes(keys: Sequence[Column]) -> SparkColumn:
     return F.concat(*(F.concat(length, F.lit(b":"), text) for length, text in zip(lengths, texts, strict=True)))
 
 
-def _key_text(key: Column) -> SparkColumn:
-    column = quoted(key.name)
-    if key.type.kind == "bytes":
+def _key_text(column: SparkColumn, spark_type: str) -> SparkColumn:
+    if spark_type == "binary":
         return column
-    if key.type.kind == "timestamp":
+    if spark_type == "timestamp":
         column = F.unix_micros(column)
-    elif key.type.kind == "date":
+    elif spark_type == "date":
         column = F.unix_date(column)
     return column.cast("string").cast("binary")
 

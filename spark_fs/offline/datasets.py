@@ -6,7 +6,7 @@ import json
 import platform
 import uuid
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import datetime, timedelta, timezone
 from functools import cached_property
 from html import escape
@@ -19,9 +19,20 @@ from pyspark.sql import functions as F
 
 from spark_fs.errors import ConflictError, InvalidError, translated
 from spark_fs.intervals import BEGINNING, Interval, covers
-from spark_fs.offline.asof import AsofPlan, AsofView, SpineStats, execute, plan_asof, spine_stats
+from spark_fs.offline.asof import (
+    AsofPlan,
+    AsofView,
+    SpineStats,
+    execute,
+    native_asof_note,
+    parallelism,
+    plan_asof,
+    spine_stats,
+    why_not_arrow,
+)
 from spark_fs.offline.compute import Transform, acceptable, feature_frame, quoted
 from spark_fs.offline.files import feature_table_path, write_text
+from spark_fs.offline.layout import Layout, newest_version, read_layout
 from spark_fs.offline.tables import (
     FeatureTable,
     observed,
@@ -71,11 +82,16 @@ class OfflineStore:
 
 @dataclass(frozen=True, slots=True)
 class Origin:
-    """Where a join takes a view's rows: its feature table at ``table_version``, or (None) its source."""
+    """Where a join takes a view's rows: its feature table at ``table_version``, or (None) its source.
+
+    ``layout``: the table's files, or None and in ``obstacle`` why they cannot be read one by one.
+    """
 
     view: ViewSpec
     table_version: int | None
     reason: str
+    layout: Layout | None = None
+    obstacle: str = ""
 
     def to_json(self) -> dict[str, Any]:
         """The origin for a manifest."""
@@ -108,12 +124,14 @@ class RetrievalJob:
         *,
         full_feature_names: bool,
         known_at: bool,
+        strategy: str = "auto",
     ) -> None:
         self._store, self._spine, self._spine_source = store, spine, spine_source
-        self._selections, self._known_at = list(selections), known_at
+        self._selections, self._known_at, self._strategy = list(selections), known_at, strategy
         self._names = output_names(self._selections, full_feature_names=full_feature_names, taken=spine.columns)
-        # Names and types are checked now, before any job.
-        plan_asof(self._views({}), spine.dtypes, known_at=known_at)
+        # Names and types are checked now, before any job; whether views can be joined as asked is known with their tables.
+        checked = "auto" if strategy == "colocated" else strategy
+        plan_asof(self._views({}), spine.dtypes, known_at=known_at, strategy=checked)
 
     def to_spark_df(self) -> DataFrame:
         """The spine's columns in order, then the features: one row per spine row, in no particular order. Lazy.
@@ -146,13 +164,35 @@ class RetrievalJob:
 
     @cached_property
     def _joined(self) -> DataFrame:
-        frames = {selection.alias: self._frame(selection) for selection in self._selections}
+        moved = {view.name for group in self.plan.groups if group.strategy == "window" for view in group.views}
+        frames = {selection.alias: self._frame(selection) for selection in self._selections if selection.alias in moved}
         return execute(self.plan, self._spine, frames)
 
     @cached_property
     def plan(self) -> AsofPlan:
-        """The join as decided. Counts the spine in one Spark job the first time."""
-        return plan_asof(self._views(self.origins), self._spine.dtypes, stats=self._stats, known_at=self._known_at)
+        """The join as decided. Counts the spine in one Spark job the first time, two where only some views have tables."""
+        plan = self._planned(self._stats)
+        uncounted = [
+            tuple(name for name, _ in group.keys)
+            for group in plan.groups
+            if group.strategy == "window" and tuple(name for name, _ in group.keys) not in self._stats.distinct_keys
+        ]
+        if not any(uncounted):
+            return plan
+        counted = spine_stats(self._spine, _TIME, uncounted).distinct_keys
+        return self._planned(replace(self._stats, distinct_keys={**self._stats.distinct_keys, **counted}))
+
+    def _planned(self, stats: SpineStats) -> AsofPlan:
+        return plan_asof(
+            self._views(self.origins),
+            self._spine.dtypes,
+            stats=stats,
+            known_at=self._known_at,
+            strategy=self._strategy,
+            spine_obstacle=why_not_arrow(self._spine),
+            parallelism=parallelism(self._store.spark),
+            notes=native_asof_note(self._store.spark),
+        )
 
     @cached_property
     def origins(self) -> Mapping[str, Origin]:
@@ -161,15 +201,23 @@ class RetrievalJob:
 
     @cached_property
     def _stats(self) -> SpineStats:
-        return spine_stats(self._spine, _TIME, [selection.spine_keys for selection in self._selections])
+        built = [selection for selection in self._selections if self._store.registry.built(selection.view)]
+        if self._strategy == "window":
+            built = []
+        others = [selection.spine_keys for selection in self._selections if selection not in built]
+        return spine_stats(self._spine, _TIME, others, residues=[selection.spine_keys for selection in built])
 
     def _origin(self, view: ViewSpec) -> Origin:
         needed = needed_interval(view, self._stats)
         table = self._store.table(view)
         built = self._store.registry.built(view)
-        if needed is not None and built and covers(built, needed) and table.exists():
-            version = table.version()
-            return Origin(view, version, f"feature table {view.reference}, Delta version {version}")
+        if needed is not None and built and covers(built, needed):
+            version = newest_version(table.path)
+            if version is None and table.exists():
+                version = table.version()
+            if version is not None:
+                layout, obstacle = read_layout(table.path, version)
+                return Origin(view, version, f"feature table {view.reference}, Delta version {version}", layout, obstacle)
         why = "covers the range" if built else "was built"
         return Origin(view, None, f"computed from source '{view.source.name}': no feature table {why}")
 
@@ -190,6 +238,8 @@ class RetrievalJob:
             unique=origin is not None and origin.table_version is not None,
             hash_columns=view.feature_names,
             source=origin.reason if origin else "",
+            layout=origin.layout if origin else None,
+            obstacle=origin.obstacle if origin else "",
         )
 
     def _frame(self, selection: Selection) -> DataFrame:

@@ -5,9 +5,13 @@ from __future__ import annotations
 import hashlib
 from pathlib import PurePosixPath
 
+import pyarrow
 from pyarrow import fs
 
 from spark_fs.spec import ViewSpec
+
+#: Hadoop's names of S3, which Arrow does not know.
+_SCHEMES = {"s3a": "s3", "s3n": "s3"}
 
 
 def feature_table_path(root: str, view: ViewSpec) -> str:
@@ -48,9 +52,21 @@ def delete_folder(path: str) -> bool:
     return True
 
 
+def open_file(path: str) -> pyarrow.NativeFile:
+    """The file for reading anywhere in it. Not mapped into memory: its pages would count as the worker's."""
+    system, inner = _file_system(path)
+    return system.open_input_file(inner)
+
+
+def check_readable(path: str) -> None:
+    """Raise OSError, ValueError or NotImplementedError where files below this path or URI cannot be opened without Spark."""
+    _file_system(path)
+
+
 def _file_system(path: str) -> tuple[fs.FileSystem, str]:
     """The file system of a local path or URI, and the path inside it."""
     if "://" not in path:
         return fs.LocalFileSystem(), path
-    found, inner = fs.FileSystem.from_uri(path)
+    scheme, _, rest = path.partition("://")
+    found, inner = fs.FileSystem.from_uri(f"{_SCHEMES.get(scheme, scheme)}://{rest}")
     return found, inner

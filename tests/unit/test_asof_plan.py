@@ -160,14 +160,16 @@ def test_explain_tells_what_is_read_and_why() -> None:
             "As-of join of 1,000,000 spine rows on event_timestamp; visible by event time.",
             "The spine's times go from 2024-03-01T00:00:00Z to 2024-06-01T12:30:00.000005Z.",
             "3 spine rows have no time and get nulls.",
-            "1. keys user_id: window: one shuffle and one sort for the view",
-            "   keys before the shuffle: only those of the spine (about 12,000, at most 100,000 are broadcast)",
+            "1. keys user_id: window: one shuffle and one sort for the view; "
+            "feature rows: only those of the spine (about 12,000, at most 100,000 are broadcast)",
             "   - spend: feature table spend@1, Delta version 12",
+            "     why: its rows do not come from a feature table",
             "     reads user_id, event_timestamp, amount",
             "     event times: 2024-02-23T00:00:00Z to 2024-06-01T12:30:00.000005Z (ttl 7 days, 0:00:00)",
-            "2. keys shop: window: one shuffle and one sort for the view",
-            "   keys before the shuffle: all (about 200,000, more than 100,000 are not broadcast)",
+            "2. keys shop: window: one shuffle and one sort for the view; "
+            "feature rows: all (about 200,000, more than 100,000 are not broadcast)",
             "   - shop: a DataFrame",
+            "     why: its rows do not come from a feature table",
             "     reads id, event_timestamp, amount",
             "     event times: up to 2024-06-01T12:30:00.000005Z (no ttl)",
         ]

@@ -416,18 +416,20 @@ def test_debug_adds_the_trace(run, project):
     ("command", "job", "arguments"),
     [
         (["build", "--view", "a", "--view", "b", "--end", "2024-01-01"], "build.py", "--view a --view b --end 2024-01-01"),
+        (["optimize"], "optimize.py", ""),
+        (["optimize", "a", "b@2", "--buckets", "64"], "optimize.py", "--view a --view b@2 --buckets 64"),
         (["materialize", "2024-01-01", "2024-02-01"], "materialize.py", "--start 2024-01-01 --end 2024-02-01"),
         (["materialize-incremental", "--view", "a"], "materialize.py", "--view a"),
         (["dataset", "verify", "d", "--version", "3"], "dataset_verify.py", "--name d --version 3"),
         (
             ["dataset", "create", "d", "--entities", "SELECT 1", "--features", "churn_v1", "--known-at"],
             "dataset_create.py",
-            "--name d --entities 'SELECT 1' --description '' --service churn_v1 --known-at",
+            "--name d --entities 'SELECT 1' --description '' --strategy auto --service churn_v1 --known-at",
         ),
         (
             ["dataset", "create", "d", "--entities", "s.parquet", "--features", "a:x", "--features", "b:y"],
             "dataset_create.py",
-            "--name d --entities s.parquet --description '' --feature a:x --feature b:y",
+            "--name d --entities s.parquet --description '' --strategy auto --feature a:x --feature b:y",
         ),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
@@ -440,8 +442,16 @@ def test_print_shows_the_command_for_a_scheduler(run, project, command, job, arg
     before, _, after = line.partition(f"/{job} ")
     assert before.split()[0].endswith("spark-submit")
     assert "--master 'local[*]'" in before
-    assert after == f"--repo {project} --env local --output table {arguments}"
+    assert after == f"--repo {project} --env local --output table {arguments}".strip()
     assert not (project / ".spark_fs").exists()
+
+
+@pytest.mark.parametrize("buckets", ["0", "3", "2048", "many"])
+def test_an_impossible_number_of_buckets_is_refused_before_spark_starts(run, buckets):
+    """Exit code 2: only a power of two up to 1024 will do."""
+    shown = run("optimize", "--buckets", buckets)
+    assert shown.exit_code == 2
+    assert "--buckets" in shown.stderr
 
 
 def test_a_secret_for_spark_is_never_printed(run, project, monkeypatch):

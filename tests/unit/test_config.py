@@ -44,7 +44,8 @@ def test_an_empty_environment_file_means_the_defaults(tmp_path):
     assert config.project == "shop"
     assert config.registry.url == "sqlite"
     assert config.online.url == "embedded"
-    assert config.offline.buckets == 8
+    assert config.offline.buckets == "auto"
+    assert config.build.max_files_per_bucket == 32
 
 
 def test_the_environment_is_laid_over_the_base_setting_by_setting(tmp_path):
@@ -173,14 +174,21 @@ def test_unknown_and_wrong_settings_come_together_with_lines_and_hints(tmp_path)
     message = message_of(root)
     assert "Unknown setting 'online.prot'. Did you mean 'port'?" in message
     assert "Unknown setting 'sparc'. Did you mean 'spark'?" in message
-    assert "less than or equal to 1024" in message
+    assert "from 1 to 1024" in message
 
 
-def test_buckets_are_a_power_of_two(tmp_path):
+@pytest.mark.parametrize("buckets", ["12", "0", "2048", "1.5", "true", "many", "[8]"])
+def test_buckets_are_a_power_of_two(tmp_path, buckets):
     """A table may later be split in halves."""
-    root = project(tmp_path, "offline:\n  buckets: 12\n")
+    root = project(tmp_path, f"offline:\n  buckets: {buckets}\n")
     assert problems_of(root) == [("SFS-206", "conf/base.yml:3")]
     assert "power of two" in message_of(root)
+
+
+@pytest.mark.parametrize(("given", "read"), [("1", 1), ("1024", 1024), ("'16'", 16), ("auto", "auto")])
+def test_buckets_are_a_number_or_left_to_the_size(tmp_path, given, read):
+    """`auto` takes the number from the size of the source when the table is made."""
+    assert load_environment(project(tmp_path, f"offline:\n  buckets: {given}\n")).config.offline.buckets == read
 
 
 @pytest.mark.parametrize("name", ["2fast", "my-shop", "shop:eu", "s/h", "café", "", "x" * 65, "null", "[a]"])

@@ -1,18 +1,27 @@
-"""What the log of a feature table tells: which builds are new, and whether its files can be published as they lie."""
+"""What the log of a feature table tells: which builds are new, whether files can be read as they lie, what to rewrite."""
 
 from __future__ import annotations
 
 import pytest
 
-from spark_fs.offline.tables import Commit, builds_since, can_be_read_in_place
+from spark_fs.build import choose_buckets, plan_rewrite
+from spark_fs.offline.tables import Commit, Rewrite, builds_since, can_be_read_in_place, files_are_sorted
 
 
-def log(*operations: tuple[str, int | None], first: int = 0) -> list[Commit]:
-    """A log, newest first, of commits given oldest first."""
-    return [Commit(first + n, operation, build) for n, (operation, build) in enumerate(operations)][::-1]
+def log(*operations: tuple, first: int = 0) -> list[Commit]:
+    """A log, newest first, of commits given oldest first, each as (operation, build, rows copied, rewrite)."""
+    return [Commit(first + n, *fields) for n, fields in enumerate(operations)][::-1]
 
 
-CREATED = ("CREATE TABLE", None)
+CREATED, COMPACTED, VACUUMED = ("CREATE TABLE", None), ("OPTIMIZE", None), ("VACUUM END", None)
+
+
+def built(number: int, copied_rows: int | None = 0) -> tuple:
+    return ("WRITE", number, copied_rows)
+
+
+def rewritten(read_version: int) -> tuple:
+    return ("WRITE", None, None, Rewrite(read_version, 4, (0, 1)))
 
 
 def test_the_builds_after_a_version_are_new():
@@ -54,9 +63,114 @@ def test_a_table_of_one_build_can_be_read_in_place():
         log(CREATED, ("WRITE", 1), ("DELETE", None)),
         log(CREATED, ("WRITE", None)),
         log(("WRITE", 7), first=7),
+        log(CREATED, built(1), built(2), rewritten(2), built(3)),
+        log(CREATED, built(1), built(2), built(3), rewritten(2)),
+        log(CREATED, built(1), built(2), rewritten(2), COMPACTED),
+        log(built(8), rewritten(6), first=8),
     ],
-    ids=["no build", "two builds", "compacted", "foreign change", "foreign write", "cleaned up"],
+    ids=[
+        "no build",
+        "two builds",
+        "compacted",
+        "foreign change",
+        "foreign write",
+        "cleaned up",
+        "build after upkeep",
+        "build beside upkeep",
+        "compacted after upkeep",
+        "cleaned up to upkeep",
+    ],
 )
 def test_any_other_table_cannot(commits):
     """Where a bucket may have two files, or a file two orders, Spark must find the newest rows."""
     assert not can_be_read_in_place(commits)
+
+
+def test_a_table_can_be_read_in_place_after_an_upkeep():
+    """It leaves one sorted file a bucket, whatever was before and however far the log was cleaned up before it."""
+    assert can_be_read_in_place(log(CREATED, built(1), built(2), rewritten(2)))
+    assert can_be_read_in_place(log(CREATED, built(1), COMPACTED, ("DELETE", None), rewritten(3), VACUUMED))
+    assert can_be_read_in_place(log(rewritten(6), VACUUMED, first=7))
+
+
+def test_an_upkeep_gives_nothing_to_publish():
+    """It moves rows and changes none; the builds around it count as ever."""
+    commits = log(CREATED, built(1), built(2), rewritten(1), built(3))
+    assert builds_since(commits, 2) == {3}
+    assert builds_since(commits[1:], 2) == set()
+
+
+@pytest.mark.parametrize(
+    ("commits", "known"),
+    [
+        (log(CREATED, built(1), built(2)), True),
+        (log(CREATED, built(1), built(2, copied_rows=7)), False),
+        (log(CREATED, built(1, copied_rows=None)), False),
+        (log(CREATED, built(1), COMPACTED), False),
+        (log(CREATED, built(1), ("DELETE", None)), False),
+        (log(built(8), built(9), first=8), False),
+        (log(CREATED, COMPACTED, rewritten(1), built(2), VACUUMED), True),
+        (log(CREATED, built(1), COMPACTED, rewritten(1)), False),
+        (log(CREATED, built(1), rewritten(1), rewritten(1)), True),
+        (log(rewritten(7), built(9), first=8), True),
+        (log(built(8), rewritten(6), first=8), False),
+    ],
+    ids=[
+        "builds", "rows taken over", "not told", "compacted", "foreign change", "cleaned up", "upkeep, then a build",
+        "compacted beside upkeep", "two upkeeps", "cleaned up before the upkeep", "cleaned up since the upkeep began",
+    ],
+)  # fmt: skip
+def test_files_are_sorted_if_only_builds_and_upkeep_wrote_them(commits, known):
+    """Builds write sorted files, unless they take over rows of older ones; others write as they like."""
+    assert files_are_sorted(commits) is known
+
+
+# What an upkeep does.
+
+
+def test_buckets_with_several_files_are_rewritten():
+    """Those and no others."""
+    plan = plan_rewrite(log(CREATED, built(1), built(2)), {0: 2, 1: 1, 3: 7}, 4)
+    assert plan.rewrite == Rewrite(2, 4, (0, 3))
+    assert plan.reason == "2 of 4 buckets: 2 with several files"
+
+
+def test_all_buckets_are_rewritten_where_files_may_be_unsorted():
+    """The log does not tell which files a foreign commit wrote."""
+    plan = plan_rewrite(log(CREATED, built(1), COMPACTED), {0: 1, 1: 2}, 4)
+    assert plan.rewrite == Rewrite(2, 4, (0, 1))
+    assert plan.reason == "2 of 4 buckets: 1 with several files, the others perhaps unsorted"
+
+
+@pytest.mark.parametrize("wanted", [None, 4])
+def test_one_sorted_file_a_bucket_is_left_alone(wanted):
+    """There is nothing to do; nor in a table without files."""
+    assert plan_rewrite(log(CREATED, built(1)), {0: 1, 1: 1}, 4, wanted).rewrite is None
+    assert plan_rewrite(log(CREATED, COMPACTED), {}, 4, wanted).rewrite is None
+
+
+def test_another_number_of_buckets_moves_all_rows():
+    """Also those of buckets that are in order."""
+    plan = plan_rewrite(log(CREATED, built(1)), {0: 1, 1: 1}, 4, 2)
+    assert (plan.rewrite, plan.reason) == (Rewrite(1, 2, (0, 1)), "from 4 to 2 buckets")
+
+
+MB = 2**20
+
+
+@pytest.mark.parametrize(
+    ("source_bytes", "buckets"),
+    [
+        (None, 16),
+        (0, 8),
+        (512 * MB, 8),
+        (512 * MB + 1, 16),
+        (1024 * MB, 16),
+        (1025 * MB, 32),
+        (65_536 * MB, 1024),
+        (10**15, 1024),
+    ],
+)
+def test_the_first_number_of_buckets_follows_the_size_of_the_source(source_bytes, buckets):
+    """The smallest power of two from 8 to 1024 with at most 64 MB of the source in a bucket; 16 where nobody knows."""
+    assert choose_buckets(source_bytes) == buckets

@@ -1,0 +1,245 @@
+"""Rows of a feature file as runs of equal keys, to be searched in: numbering keys, finding runs, bisecting times.
+
+Arrow and numpy, no Spark and no files; all rows at once, never one by one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from numpy.typing import NDArray
+
+Integers = NDArray[np.int64]
+
+#: Stands for a null created time, which sorts before all others.
+NEVER = np.iinfo(np.int64).min
+
+
+@dataclass(frozen=True, slots=True)
+class Block:
+    """Some rows of one file, in runs of equal keys; each run is sorted by (event, created).
+
+    ``first`` and ``end`` bound the run of each key number (equal: none). ``visible``: the time from which a row counts, rising
+    in each run. ``winner``: the greatest row of the run among those up to a place of ``visible``; None: that place itself.
+    ``rows``: the place in the file of each row; None: ``offset`` on.
+    """
+
+    first: Integers
+    end: Integers
+    visible: Integers
+    event: Integers
+    created: Integers | None
+    winner: Integers | None
+    rows: Integers | None
+    offset: int
+
+    def winner_before(self, after: Integers) -> Integers:
+        """The winning row for searches that ended just before ``after``."""
+        return after - 1 if self.winner is None else self.winner[after - 1]
+
+    def created_of(self, position: Integers) -> Integers:
+        """The created times of these rows; null as the least number."""
+        return np.full(len(position), NEVER) if self.created is None else self.created[position]
+
+    def row_in_file(self, position: Integers) -> Integers:
+        """The places of these rows in their file."""
+        return position + self.offset if self.rows is None else self.rows[position]
+
+
+class SpineKeys:
+    """The distinct keys of spine rows, numbered; several key columns are put together column by column, without hashing.
+
+    ``numbers`` has each spine row's, -1 where a key is null.
+    """
+
+    def __init__(self, columns: Sequence[pa.ChunkedArray], rows: int) -> None:
+        self._stages: list[tuple[Dictionary, Integers]] = []
+        numbers = np.zeros(rows, np.int64)
+        self.count = 1
+        for column in columns:
+            dictionary = Dictionary(column)
+            combined = _combined(numbers, dictionary.codes(column), dictionary.size)
+            distinct, inverse = np.unique(combined, return_inverse=True)
+            missing = int(len(distinct) > 0 and distinct[0] < 0)
+            numbers = inverse.astype(np.int64).reshape(-1) - missing
+            self._stages.append((dictionary, distinct[missing:]))
+            self.count = len(distinct) - missing
+        self.numbers = numbers
+
+    def look_up(self, columns: Sequence[pa.Array]) -> Integers:
+        """The number of each key; -1 for keys that no spine row has."""
+        numbers = np.zeros(len(columns[0]) if columns else 1, np.int64)
+        for (dictionary, distinct), column in zip(self._stages, columns, strict=True):
+            numbers = _position(distinct, _combined(numbers, dictionary.codes(column), dictionary.size))
+        return numbers
+
+
+class Dictionary:
+    """The distinct values of one key column of the spine, and the code of any value among them."""
+
+    def __init__(self, column: pa.ChunkedArray) -> None:
+        values = pc.unique(column).drop_null()
+        self.size = max(len(values), 1)
+        self._integers = np.sort(as_integers(values)) if is_integral(column.type) else None
+        self._values = values.combine_chunks() if isinstance(values, pa.ChunkedArray) else values
+
+    def codes(self, column: pa.Array | pa.ChunkedArray) -> Integers:
+        """The code of each value; -1 for null and for values that the dictionary does not have."""
+        if isinstance(column, pa.DictionaryArray):
+            return self.codes(column.dictionary)[as_integers(column.indices)]
+        if self._integers is None:
+            found = pc.index_in(column.cast(self._values.type), value_set=self._values)
+            return as_integers(found.fill_null(-1))
+        codes = _position(self._integers, as_integers(column))
+        return codes if column.null_count == 0 else np.where(valid_mask(column), codes, -1)
+
+
+def make_block(
+    keys: SpineKeys, key_columns: Sequence[pa.Array], event: pa.Array, created: pa.Array | None, offset: int, *, known_at: bool
+) -> Block:
+    """A block of the rows from ``offset`` on in their file; rows that nothing can match are left out of its runs.
+
+    Those are rows whose keys the spine does not have, without event time, or with ``known_at`` without created time.
+    """
+    numbers_of_runs, starts, ends = _runs(keys, key_columns, len(event))
+    events = as_integers(event)
+    created_times = None if created is None else np.where(valid_mask(created), as_integers(created), NEVER)
+    usable = valid_mask(event)
+    if known_at and created is not None:
+        usable = usable & valid_mask(created)
+    kept = numbers_of_runs >= 0
+    numbers, starts, ends = numbers_of_runs[kept], starts[kept], ends[kept]
+    rows: Integers | None = None
+    if not usable.all() or not _in_order(numbers, starts, ends, events, created_times, keys.count):
+        rows, numbers, starts, ends = _sorted_rows(numbers, starts, ends, usable, events, created_times)
+        events = events[rows]
+        created_times = None if created_times is None else created_times[rows]
+    first, end = np.zeros(keys.count, np.int64), np.zeros(keys.count, np.int64)
+    first[numbers], end[numbers] = starts, ends
+    visible, winner = events, None
+    if known_at and created_times is not None:
+        visible, winner = _by_visibility(np.maximum(events, created_times), starts, ends)
+    return Block(first, end, visible, events, created_times, winner, None if rows is None else rows + offset, offset)
+
+
+def _runs(keys: SpineKeys, columns: Sequence[pa.Array], rows: int) -> tuple[Integers, Integers, Integers]:
+    """The runs of equal keys: the key number of each (-1: not in the spine), its first row, and the row after its last."""
+    changes = np.zeros(rows, bool)
+    changes[:1] = True
+    for column in columns:
+        codes = as_integers(column.indices) if isinstance(column, pa.DictionaryArray) else None
+        values = codes if codes is not None else as_integers(column)
+        changes[1:] |= values[1:] != values[:-1]
+        if column.null_count:
+            present = valid_mask(column)
+            changes[1:] |= present[1:] != present[:-1]
+    starts = np.flatnonzero(changes)
+    ends = np.append(starts[1:], rows)
+    if not columns:
+        return np.zeros(len(starts), np.int64), starts, ends
+    heads = pa.array(starts)
+    return keys.look_up([column.take(heads) for column in columns]), starts, ends
+
+
+def _in_order(
+    numbers: Integers, starts: Integers, ends: Integers, events: Integers, created: Integers | None, count: int
+) -> bool:
+    """Whether each key has one run, and each run rises by (event, created)."""
+    if len(numbers) and np.bincount(numbers, minlength=count).max() > 1:
+        return False
+    falls = events[1:] < events[:-1]
+    if created is not None:
+        falls |= (events[1:] == events[:-1]) & (created[1:] < created[:-1])
+    if not falls.any():
+        return True
+    # A fall from one run to the next is none, and what stands in runs of other keys does not matter.
+    inside = np.zeros(len(events), np.int64)
+    inside[starts] += 1
+    inside[ends - 1] -= 1
+    return int(np.count_nonzero(falls & (np.cumsum(inside)[:-1] > 0))) == 0
+
+
+def _sorted_rows(
+    numbers: Integers, starts: Integers, ends: Integers, usable: NDArray[np.bool_], events: Integers, created: Integers | None
+) -> tuple[Integers, Integers, Integers, Integers]:
+    """The rows of these runs in order of (key, event, created), and the runs which they then make."""
+    lengths = ends - starts
+    rows = np.repeat(starts - np.concatenate([[0], np.cumsum(lengths)[:-1]]), lengths) + np.arange(lengths.sum())
+    key = np.repeat(numbers, lengths)
+    rows, key = rows[usable[rows]], key[usable[rows]]
+    ties = () if created is None else (created[rows],)
+    order = np.lexsort((*ties, events[rows], key))
+    rows, key = rows[order], key[order]
+    distinct, first = np.unique(key, return_index=True)
+    return rows, distinct, first, np.append(first[1:], len(rows))
+
+
+def _by_visibility(visible: Integers, starts: Integers, ends: Integers) -> tuple[Integers, Integers]:
+    """The times from which rows are visible, sorted in each run, and for each place the greatest row up to there.
+
+    Rows stand by (event, created) in their run, so the greatest is the one that stands last.
+    """
+    run = np.zeros(len(visible) + 1, np.int64)
+    run[starts] += 1
+    run[ends] += 1
+    order = np.lexsort((visible, np.cumsum(run)[:-1]))
+    return visible[order], np.maximum.accumulate(order)
+
+
+def bisect_right(values: Integers, wanted: Integers, low: Integers, high: Integers) -> Integers:
+    """For each wanted value the first place in ``values[low:high]`` with a greater one, else ``high``."""
+    low, length = low.copy(), high - low
+    for _ in range(int(length.max()).bit_length()):
+        half = length >> 1
+        middle = low + half
+        right = (values.take(middle, mode="clip") <= wanted) & (length > 0)
+        low = np.where(right, middle + 1, low)
+        length = np.where(right, length - half - 1, half)
+    return low
+
+
+def _combined(numbers: Integers, codes: Integers, size: int) -> Integers:
+    """Two numbers as one, -1 where either is missing. Both are below the spine part's rows: far from overflow."""
+    return np.where((numbers >= 0) & (codes >= 0), numbers * size + codes, -1)
+
+
+def _position(distinct: Integers, values: Integers) -> Integers:
+    """The place of each value among the distinct, rising ones; -1 where it is not there."""
+    if not len(distinct):
+        return np.full(len(values), -1, np.int64)
+    place = np.searchsorted(distinct, values)
+    return np.where(distinct.take(place, mode="clip") == values, place, -1)
+
+
+def is_integral(type_: pa.DataType) -> bool:
+    """Whether values of this type are compared as integers."""
+    return bool(pa.types.is_integer(type_) or pa.types.is_temporal(type_) or pa.types.is_boolean(type_))
+
+
+def as_integers(array: pa.Array | pa.ChunkedArray) -> Integers:
+    """Integers, instants in microseconds, days and booleans as int64; null as an arbitrary number."""
+    if isinstance(array, pa.ChunkedArray):
+        array = array.combine_chunks()
+        if isinstance(array, pa.ChunkedArray):
+            array = pa.concat_arrays(array.chunks) if array.num_chunks else pa.array([], array.type)
+    if pa.types.is_timestamp(array.type):
+        array = array.cast(pa.timestamp("us", array.type.tz)).view(pa.int64())
+    elif pa.types.is_date32(array.type):
+        array = array.view(pa.int32())
+    elif pa.types.is_boolean(array.type):
+        array = array.cast(pa.int8())
+    filled = array.fill_null(0) if array.null_count else array
+    numbers: Integers = filled.to_numpy(zero_copy_only=False).astype(np.int64, copy=False)
+    return numbers
+
+
+def valid_mask(array: pa.Array | pa.ChunkedArray) -> NDArray[np.bool_]:
+    """True where there is a value."""
+    if array.null_count == 0:
+        return np.ones(len(array), bool)
+    present: NDArray[np.bool_] = np.asarray(array.is_valid())
+    return present
