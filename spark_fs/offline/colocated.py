@@ -23,6 +23,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from spark_fs.errors import InvalidError
 from spark_fs.offline.blocks import (
     NEVER,
     Block,
@@ -237,7 +238,7 @@ class FeatureFile:
     def __init__(self, file: DataFile, scan: Scan) -> None:
         self._scan = scan
         self._path = file.path
-        with pq.ParquetFile(open_file(file.path)) as opened:
+        with _opened(file.path) as opened:
             self._metadata, schema = opened.metadata, opened.schema_arrow
         self._columns = set(schema.names)
         # As dictionaries: runs of equal keys are then told by comparing small numbers.
@@ -254,8 +255,8 @@ class FeatureFile:
         columns = list(dict.fromkeys(names))
         rows = int(min(max(limits.block_bytes / max(self.row_bytes(columns), 1.0), 1), limits.max_block_rows))
         # Opened anew each time: of a table of many files only one is open.
-        with pq.ParquetFile(
-            open_file(self._path), metadata=self._metadata, read_dictionary=self._texts, coerce_int96_timestamp_unit="us"
+        with _opened(
+            self._path, metadata=self._metadata, read_dictionary=self._texts, coerce_int96_timestamp_unit="us"
         ) as opened:
             yield from opened.iter_batches(rows, row_groups=groups, columns=columns, use_threads=False)
 
@@ -292,6 +293,19 @@ class FeatureFile:
             array = taken.column(name) if name in self._columns else pa.nulls(count, type_)
             arrays.append(array if array.type == type_ else array.cast(type_))
         return pa.record_batch(arrays, names=[str(number) for number in range(len(arrays))])
+
+
+def _opened(path: str, **options: Any) -> pq.ParquetFile:
+    try:
+        return pq.ParquetFile(open_file(path), **options)
+    except FileNotFoundError:
+        raise InvalidError.of(
+            "SFS-514",
+            "A data file of a feature table is gone.",
+            why="VACUUM or somebody else removed it after the table's version was chosen.",
+            where=path,
+            fix="ask for the features again; if it stays so, rebuild the view's interval",
+        ) from None
 
 
 def _parts(batches: Iterable[pa.RecordBatch], part_bytes: int) -> Iterator[pa.Table]:

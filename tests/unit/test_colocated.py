@@ -16,6 +16,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from spark_fs.errors import InvalidError
 from spark_fs.offline.colocated import PartitionJoin
 from spark_fs.offline.layout import DataFile
 from spark_fs.spec import Column
@@ -67,6 +68,13 @@ def test_files_are_not_opened_where_nothing_in_them_can_be_seen(tmp_path: Path) 
     gone = [DataFile("/nowhere/late", 0, 1, 1, 31, 40), DataFile("/nowhere/early", 0, 1, 1, 1, 19)]
     view = scan([*files, *gone], {"id": "id"}, {"v": pa.int64()}, 1)
     assert found(join(numbered(rows([1, 1], [20, 30])), [view], ID)) == [2, 2]
+
+
+def test_a_file_that_is_gone_is_named() -> None:
+    """VACUUM between the choice of a version and the join ends in one clear error, not in a traceback of Arrow's."""
+    view = scan([DataFile("/nowhere/gone.parquet", 0, 1, 1, 1, 40)], {"id": "id"}, {"v": pa.int64()}, 1)
+    with pytest.raises(InvalidError, match=r"SFS-514.*gone\.parquet"):
+        join(numbered(rows([1], [20])), [view], ID)
 
 
 def test_buckets_without_files_and_buckets_without_spine_rows_are_no_trouble(tmp_path: Path) -> None:
