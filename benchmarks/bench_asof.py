@@ -25,6 +25,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from datetime import datetime, timezone
 from importlib.metadata import version
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -97,7 +98,7 @@ class Bench:
         partial = self._results.with_suffix(".part")
         try:
             with partial.open("w", encoding="utf-8") as file:
-                for line in (_machine(), *self._rounds(engines, most_runs)):
+                for line in chain([_machine()], self._rounds(engines, most_runs)):
                     print(json.dumps(line), file=file, flush=True)
         finally:
             for engine in engines.values():

@@ -321,12 +321,13 @@ def _colocated(
     if group.placement is not None:
         keys = [(F.col(at[name]), dict(joined.dtypes)[name]) for name, _ in group.keys]
         moved, modulus = _placed(plain, keys, F.col(at[plan.spine_time]), group.placement), group.placement.modulus
-    fields = [
-        StructField(f"value{number}", DataType.fromDDL(dict(view.columns)[name]))
-        for number, (view, name) in enumerate((view, name) for view in group.views for name, _ in view.features)
-    ]
+    types = [dict(view.columns)[name] for view in group.views for name, _ in view.features]
+    # Parsed by the JVM in one call, not one for each of many features.
+    declared = DataType.fromDDL(", ".join(f"value{number} {type_}" for number, type_ in enumerate(types)) or "struct<>")
+    assert isinstance(declared, StructType)
+    fields = declared.fields
     join = PartitionJoin(
-        scans=tuple(_scan(view, files, at) for view, files in zip(group.views, group.files, strict=True)),
+        scans=tuple(_scan(group, index, at, fields) for index in range(len(group.views))),
         names=tuple(column.name for column in fields),
         time=at[plan.spine_time],
         residue="residue",
@@ -351,20 +352,24 @@ def _placed(plain: DataFrame, keys: Sequence[tuple[Column, str]], time: Column, 
 
 
 def _constants(numbers: Sequence[int]) -> Column:
-    return F.array(*(F.lit(number) for number in numbers))
+    # As text, for a thousand columns made one by one take seconds.
+    return F.expr(f"array({', '.join(str(int(number)) for number in numbers)})")
 
 
-def _scan(view: AsofView, files: Sequence[DataFile], at: Mapping[str, str]) -> Scan:
-    types = dict(view.columns)
+def _scan(group: AsofGroup, index: int, at: Mapping[str, str], fields: Sequence[StructField]) -> Scan:
+    view, before = group.views[index], sum(len(earlier.features) for earlier in group.views[:index])
     by_bucket: dict[int, list[DataFile]] = {}
-    for file in files:
+    for file in group.files[index]:
         by_bucket.setdefault(file.bucket, []).append(file)
     assert view.layout is not None
     return Scan(
         keys=tuple((at[spine_key], key) for spine_key, key in view.keys),
         event=view.event_time,
         created=view.created_time,
-        features=tuple((name, to_arrow_type(DataType.fromDDL(types[name]), timezone="UTC")) for name, _ in view.features),
+        features=tuple(
+            (name, to_arrow_type(field.dataType, timezone="UTC"))
+            for (name, _), field in zip(view.features, fields[before:], strict=False)
+        ),
         ttl_micros=view.ttl // _MICROSECOND if view.ttl else None,
         buckets=view.layout.buckets,
         files={bucket: tuple(found) for bucket, found in by_bucket.items()},

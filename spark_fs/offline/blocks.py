@@ -57,35 +57,52 @@ class SpineKeys:
     """
 
     def __init__(self, columns: Sequence[pa.ChunkedArray], rows: int) -> None:
-        self._stages: list[tuple[Dictionary, Integers]] = []
-        numbers = np.zeros(rows, np.int64)
+        self._stages: list[tuple[Dictionary, Integers | None]] = []
+        self.numbers = np.zeros(rows, np.int64)
         self.count = 1
-        for column in columns:
+        for position, column in enumerate(columns):
             dictionary = Dictionary(column)
-            combined = _combined(numbers, dictionary.codes(column), dictionary.size)
-            distinct, inverse = np.unique(combined, return_inverse=True)
-            missing = int(len(distinct) > 0 and distinct[0] < 0)
-            numbers = inverse.astype(np.int64).reshape(-1) - missing
-            self._stages.append((dictionary, distinct[missing:]))
-            self.count = len(distinct) - missing
-        self.numbers = numbers
+            distinct = None
+            if position == 0:
+                self.numbers, self.count = dictionary.own_codes, dictionary.size
+            else:
+                combined = _combined(self.numbers, dictionary.own_codes, dictionary.size)
+                distinct, inverse = np.unique(combined, return_inverse=True)
+                missing = int(len(distinct) > 0 and distinct[0] < 0)
+                self.numbers, distinct = inverse.astype(np.int64).reshape(-1) - missing, distinct[missing:]
+                self.count = len(distinct)
+            self._stages.append((dictionary, distinct))
 
     def look_up(self, columns: Sequence[pa.Array]) -> Integers:
         """The number of each key; -1 for keys that no spine row has."""
         numbers = np.zeros(len(columns[0]) if columns else 1, np.int64)
         for (dictionary, distinct), column in zip(self._stages, columns, strict=True):
-            numbers = _position(distinct, _combined(numbers, dictionary.codes(column), dictionary.size))
+            codes = dictionary.codes(column)
+            numbers = codes if distinct is None else _position(distinct, _combined(numbers, codes, dictionary.size))
         return numbers
 
 
 class Dictionary:
-    """The distinct values of one key column of the spine, and the code of any value among them."""
+    """The distinct values of one key column of the spine, and the code of any value among them.
+
+    ``own_codes`` has the code of each of the column's values, -1 for null.
+    """
 
     def __init__(self, column: pa.ChunkedArray) -> None:
-        values = pc.unique(column).drop_null()
+        encoded = (
+            column.combine_chunks().dictionary_encode() if column.num_chunks else pa.array([], column.type).dictionary_encode()
+        )
+        values, codes = encoded.dictionary, as_integers(encoded.indices)
         self.size = max(len(values), 1)
-        self._integers = np.sort(as_integers(values)) if is_integral(column.type) else None
-        self._values = values.combine_chunks() if isinstance(values, pa.ChunkedArray) else values
+        self._values, self._integers = values, None
+        if is_integral(column.type):
+            integers = as_integers(values)
+            order = np.argsort(integers)
+            rank = np.empty(len(order), np.int64)
+            rank[order] = np.arange(len(order))
+            self._integers = integers[order]
+            codes = rank.take(codes, mode="clip") if len(order) else codes
+        self.own_codes = codes if encoded.null_count == 0 else np.where(valid_mask(encoded), codes, -1)
 
     def codes(self, column: pa.Array | pa.ChunkedArray) -> Integers:
         """The code of each value; -1 for null and for values that the dictionary does not have."""
@@ -111,10 +128,12 @@ def make_block(
     usable = valid_mask(event)
     if known_at and created is not None:
         usable = usable & valid_mask(created)
-    kept = numbers_of_runs >= 0
+    all_starts, kept = starts, numbers_of_runs >= 0
     numbers, starts, ends = numbers_of_runs[kept], starts[kept], ends[kept]
     rows: Integers | None = None
-    if not usable.all() or not _in_order(numbers, starts, ends, events, created_times, keys.count):
+    falls = _falls(events, created_times)
+    falls[all_starts[1:] - 1] = False  # from one run to the next
+    if not usable.all() or not _in_order(numbers, starts, ends, falls, keys.count):
         rows, numbers, starts, ends = _sorted_rows(numbers, starts, ends, usable, events, created_times)
         events = events[rows]
         created_times = None if created_times is None else created_times[rows]
@@ -145,19 +164,22 @@ def _runs(keys: SpineKeys, columns: Sequence[pa.Array], rows: int) -> tuple[Inte
     return keys.look_up([column.take(heads) for column in columns]), starts, ends
 
 
-def _in_order(
-    numbers: Integers, starts: Integers, ends: Integers, events: Integers, created: Integers | None, count: int
-) -> bool:
-    """Whether each key has one run, and each run rises by (event, created)."""
-    if len(numbers) and np.bincount(numbers, minlength=count).max() > 1:
-        return False
-    falls = events[1:] < events[:-1]
+def _falls(events: Integers, created: Integers | None) -> NDArray[np.bool_]:
+    """For each row but the first whether it stands after one with a greater (event, created)."""
+    falls: NDArray[np.bool_] = events[1:] < events[:-1]
     if created is not None:
         falls |= (events[1:] == events[:-1]) & (created[1:] < created[:-1])
+    return falls
+
+
+def _in_order(numbers: Integers, starts: Integers, ends: Integers, falls: NDArray[np.bool_], count: int) -> bool:
+    """Whether each key has one run, and each of these runs rises."""
+    if len(numbers) and np.bincount(numbers, minlength=count).max() > 1:
+        return False
     if not falls.any():
         return True
-    # A fall from one run to the next is none, and what stands in runs of other keys does not matter.
-    inside = np.zeros(len(events), np.int64)
+    # What stands in runs of other keys does not matter.
+    inside = np.zeros(len(falls) + 1, np.int64)
     inside[starts] += 1
     inside[ends - 1] -= 1
     return int(np.count_nonzero(falls & (np.cumsum(inside)[:-1] > 0))) == 0
