@@ -94,7 +94,7 @@ class Bench:
         for left_over in self.cache.root.glob("scratch-*"):  # of processes that were killed
             shutil.rmtree(left_over)
         self._prepare()
-        engines = {cell.session: self._start(cell.session) for cell in self.workload.cells}
+        engines = {session: self._start(session) for session in sorted({cell.session for cell in self.workload.cells})}
         partial = self._results.with_suffix(".part")
         try:
             with partial.open("w", encoding="utf-8") as file:

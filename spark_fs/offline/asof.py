@@ -77,8 +77,12 @@ def _counted_by_residue(spine: DataFrame, time_column: str, tuples: Sequence[tup
     plain, at = _plain(spine)
     types, time = dict(spine.dtypes), F.col(at[time_column])
     each = [key_residue([(F.col(at[name]), types[name]) for name in names], RESIDUES) for names in tuples]
-    # Each row once per tuple; times are taken from the first alone.
-    spread = plain.select(F.unix_micros(time).alias("time"), F.posexplode(F.array(*each)).alias("tuple", "residue"))
+    # Each row once per tuple; times are taken from the first alone. One tuple, the usual case, needs no rows multiplied.
+    several = F.posexplode(F.array(*each)).alias("tuple", "residue")
+    spread = plain.select(
+        F.unix_micros(time).alias("time"),
+        *([several] if len(tuples) > 1 else [F.lit(0).alias("tuple"), each[0].alias("residue")]),
+    )
     counts = (F.count(F.lit(1)), F.count("time"), F.min("time"), F.max("time"))
     found = spread.groupBy("tuple", "residue").agg(*counts).collect()
     by_tuple = [[0] * RESIDUES for _ in tuples]
@@ -100,7 +104,7 @@ def _counted_by_residue(spine: DataFrame, time_column: str, tuples: Sequence[tup
 def why_not_arrow(spine: DataFrame) -> str:
     """Why the spine's rows cannot pass through Arrow, or an empty text."""
     try:
-        to_arrow_schema(spine.schema)
+        to_arrow_schema(spine.schema, timezone="UTC")
     except Exception as error:  # noqa: BLE001  # pyspark raises several kinds, by the type of column
         return f"the spine has a column that Arrow does not know: {next(iter(str(error).splitlines()), '')}"
     return ""

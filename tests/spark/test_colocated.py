@@ -221,6 +221,7 @@ def test_the_spine_keeps_columns_of_all_kinds(spark: SparkSession, table: Featur
 def test_a_spine_that_arrow_cannot_carry_is_joined_by_the_window(spark: SparkSession, table: FeatureTable) -> None:
     """Said in the plan; asked for by name, colocated is refused."""
     spine = spine_of(spark, asked(1.5, 2)).withColumn("months", F.expr("make_interval(0, 1)"))
+    assert why_not_arrow(spine_of(spark, asked(1.5, 2))) == ""
     why = why_not_arrow(spine)
     plan = plan_asof([view_of(table, 3)], spine.dtypes, spine_obstacle=why)
     assert (plan.groups[0].strategy, "Arrow" in plan.groups[0].reasons[0]) == ("window", True)

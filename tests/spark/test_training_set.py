@@ -121,6 +121,20 @@ def test_a_training_set_is_the_same_with_and_without_feature_tables(spark: Spark
     assert why.count("feature table spend@1, Delta version ") == why.count("feature table ever@1, Delta version ") == 1
     assert stored == computed, f"seed {seed}"
     assert stored_known == computed_known, f"seed {seed}"
+    for strategy, shown in (("auto", "colocated: "), ("colocated", "colocated: "), ("window", "window: ")):
+        job = store.get_historical_features(entity_df, features, full_feature_names=True, strategy=strategy)
+        assert job.explain().count(f"keys user_id: {shown}") == 1, job.explain()
+        assert in_text(job.to_arrow(), "row") == computed, f"seed {seed}, {strategy}"
+
+
+def test_a_strategy_that_cannot_be_is_refused(store: FeatureStore, spark: SparkSession):
+    """A wrong name at once; colocated for a view without a table when the tables are looked at, before any row is joined."""
+    spine = spark.createDataFrame(spine_table((1, at(1))))
+    with pytest.raises(InvalidError, match=r"SFS-513.*'colocatd'"):
+        store.get_historical_features(spine, ["spend:amount"], strategy="colocatd")
+    job = store.get_historical_features(spine, ["spend:amount"], strategy="colocated")
+    with pytest.raises(InvalidError, match="SFS-513"):
+        job.to_spark_df()
 
 
 def test_an_entity_dataframe_may_come_from_anywhere(spark: SparkSession, store: FeatureStore, tmp_path: Path):
