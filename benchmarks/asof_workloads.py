@@ -72,6 +72,7 @@ def _medium() -> Workload:
         cells,
         (
             Target("range join : colocated", range_, ours, at_least=6),
+            Target("range join : window", range_, window, at_least=2),
             Target("window : colocated", window, ours, at_least=5),
             Target("shuffle only : colocated", shuffle, ours, at_least=1),
             Target("colocated : DuckDB", ours, duckdb, at_most=1.2),
