@@ -63,7 +63,8 @@ def spark_session(folder: Path, name: str, *, memory: str = "4g", partitions: in
         .config("spark.driver.bindAddress", "127.0.0.1")
         .config("spark.sql.shuffle.partitions", partitions)
         .config("spark.databricks.delta.snapshotPartitions", 1)
-        .config("spark.sql.execution.arrow.maxRecordsPerBatch", 100_000)
+        .config("spark.sql.execution.arrow.maxRecordsPerBatch", 50_000)
+        .config("spark.sql.execution.arrow.maxBytesPerBatch", 2**31 - 1)
         .config("spark.sql.parquet.outputTimestampType", "TIMESTAMP_MICROS")
         .config("spark.sql.session.timeZone", "UTC")
         .config("spark.local.dir", str(folder / "scratch"))  # shuffle files vanish with the folder

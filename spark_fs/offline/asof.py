@@ -140,8 +140,10 @@ def execute(plan: AsofPlan, spine: DataFrame, frames: Mapping[str, DataFrame]) -
     joined = spine
     for group in plan.groups:
         joined = _EXECUTORS[group.strategy](plan, group, joined, spine, frames)
-    plain, at = _plain(joined)
     names = (*plan.spine_columns, *plan.outputs)
+    if joined.columns == list(names):
+        return joined
+    plain, at = _plain(joined)
     return plain.select(*(F.col(at[name]).alias(name, metadata=joined.schema[name].metadata) for name in names))
 
 
@@ -339,25 +341,24 @@ def _colocated(
         known_at=plan.known_at,
     )
     found = moved.mapInArrow(join, StructType([*plain.schema.fields, *fields]))
-    outputs = [output for view in group.views for _, output in view.features]
-    columns = [F.col(at[f.name]).alias(f.name, metadata=f.metadata) for f in joined.schema.fields]
-    return found.select(*columns, *(F.col(column.name).alias(output) for column, output in zip(fields, outputs, strict=True)))
+    # One call for all names: each column made from Python costs a millisecond. Metadata of columns go with them.
+    return found.toDF(*joined.columns, *(output for view in group.views for _, output in view.features))
 
 
 def _placed(plain: DataFrame, keys: Sequence[tuple[Column, str]], time: Column, placement: Placement) -> DataFrame:
     """The spine's rows with their ``residue``, each in the partition of its task."""
-    residue = F.coalesce(key_residue(keys, placement.modulus), F.lit(NO_RESIDUE))
+    residue = F.coalesce(key_residue(keys, placement.modulus), F.lit(NO_RESIDUE)).alias("residue")
     spread = F.xxhash64(*(key for key, _ in keys), time)
-    first = [sum(placement.shares[:number]) for number in range(placement.modulus)]
-    # Arrays are looked up by numbers from 1; NO_RESIDUE has no place in them.
-    share = F.get(_constants(first), residue) + F.pmod(spread, F.get(_constants(placement.shares), residue))
-    task = F.coalesce(F.get(_constants(placement.tasks), share), F.pmod(spread, F.lit(placement.count)))
-    return plain.withColumn("residue", residue).repartitionById(placement.count, task.cast("int"))
+    # As text: thousands of columns made one by one take seconds. Arrays are looked up from 0; NO_RESIDUE has no place there.
+    share = F.expr(f"get({_array([sum(placement.shares[:number]) for number in range(placement.modulus)])}, residue)")
+    if max(placement.shares) > 1:
+        share += F.pmod(spread, F.expr(f"get({_array(placement.shares)}, residue)"))
+    task = F.coalesce(F.get(F.expr(_array(placement.tasks)), share), F.pmod(spread, F.lit(placement.count)))
+    return plain.select("*", residue).repartitionById(placement.count, task.cast("int"))
 
 
-def _constants(numbers: Sequence[int]) -> Column:
-    # As text, for a thousand columns made one by one take seconds.
-    return F.expr(f"array({', '.join(str(int(number)) for number in numbers)})")
+def _array(numbers: Sequence[int]) -> str:
+    return f"array({', '.join(str(int(number)) for number in numbers)})"
 
 
 def _scan(group: AsofGroup, index: int, at: Mapping[str, str], fields: Sequence[StructField]) -> Scan:

@@ -25,7 +25,7 @@ class Block:
 
     ``first`` and ``end`` bound the run of each key number (equal: none). ``visible``: the time from which a row counts, rising
     in each run. ``winner``: the greatest row of the run among those up to a place of ``visible``; None: that place itself.
-    ``rows``: the place in the file of each row; None: ``offset`` on.
+    ``rows``: the place in the file of each row; None: ``offset`` on. ``created`` has null as the least number.
     """
 
     first: Integers
@@ -41,17 +41,13 @@ class Block:
         """The winning row for searches that ended just before ``after``."""
         return after - 1 if self.winner is None else self.winner[after - 1]
 
-    def created_of(self, position: Integers) -> Integers:
-        """The created times of these rows; null as the least number."""
-        return np.full(len(position), NEVER) if self.created is None else self.created[position]
-
     def row_in_file(self, position: Integers) -> Integers:
         """The places of these rows in their file."""
         return position + self.offset if self.rows is None else self.rows[position]
 
 
 class SpineKeys:
-    """The distinct keys of spine rows, numbered; several key columns are put together column by column, without hashing.
+    """The distinct keys of spine rows, numbered; several key columns are put together column by column, exactly.
 
     ``numbers`` has each spine row's, -1 where a key is null.
     """
@@ -75,7 +71,7 @@ class SpineKeys:
 
     def look_up(self, columns: Sequence[pa.Array]) -> Integers:
         """The number of each key; -1 for keys that no spine row has."""
-        numbers = np.zeros(len(columns[0]) if columns else 1, np.int64)
+        numbers = np.zeros(len(columns[0]), np.int64)
         for (dictionary, distinct), column in zip(self._stages, columns, strict=True):
             codes = dictionary.codes(column)
             numbers = codes if distinct is None else _position(distinct, _combined(numbers, codes, dictionary.size))
@@ -115,28 +111,48 @@ class Dictionary:
         return codes if column.null_count == 0 else np.where(valid_mask(column), codes, -1)
 
 
+class TiesError(Exception):
+    """Rows of one key have one event time: which of them is the newest is told by their created times, which were not read."""
+
+
 def make_block(
-    keys: SpineKeys, key_columns: Sequence[pa.Array], event: pa.Array, created: pa.Array | None, offset: int, *, known_at: bool
+    keys: SpineKeys,
+    key_columns: Sequence[pa.Array],
+    event: pa.Array,
+    created: pa.Array | None,
+    offset: int,
+    *,
+    known_at: bool = False,
+    ties: bool = True,
 ) -> Block:
     """A block of the rows from ``offset`` on in their file; rows that nothing can match are left out of its runs.
 
-    Those are rows whose keys the spine does not have, without event time, or with ``known_at`` without created time.
+    Those are rows whose keys the spine does not have, without event time, or with ``known_at`` without created time. Raises
+    TiesError where rows of one key and event time are there, unless ``ties`` says that nothing more tells them apart.
     """
-    numbers_of_runs, starts, ends = _runs(keys, key_columns, len(event))
+    numbers, starts, ends = _runs(keys, key_columns, len(event))
     events = as_integers(event)
     created_times = None if created is None else np.where(valid_mask(created), as_integers(created), NEVER)
     usable = valid_mask(event)
     if known_at and created is not None:
         usable = usable & valid_mask(created)
-    all_starts, kept = starts, numbers_of_runs >= 0
-    numbers, starts, ends = numbers_of_runs[kept], starts[kept], ends[kept]
-    rows: Integers | None = None
     falls = _falls(events, created_times)
-    falls[all_starts[1:] - 1] = False  # from one run to the next
-    if not usable.all() or not _in_order(numbers, starts, ends, falls, keys.count):
+    falls[starts[1:] - 1] = False  # from one run to the next
+    kept = numbers >= 0
+    if not kept.all():
+        numbers, starts, ends = numbers[kept], starts[kept], ends[kept]
+        if falls.any():  # what stands in runs of other keys does not matter
+            falls &= _inside(starts, ends, len(events))[:-1]
+    rows: Integers | None = None
+    if not usable.all() or falls.any() or _has_two_runs(numbers, keys.count):
         rows, numbers, starts, ends = _sorted_rows(numbers, starts, ends, usable, events, created_times)
         events = events[rows]
         created_times = None if created_times is None else created_times[rows]
+        if not ties and created_times is None:
+            equal = events[1:] == events[:-1]
+            equal[starts[1:] - 1] = False
+            if equal.any():
+                raise TiesError
     first, end = np.zeros(keys.count, np.int64), np.zeros(keys.count, np.int64)
     first[numbers], end[numbers] = starts, ends
     visible, winner = events, None
@@ -165,24 +181,27 @@ def _runs(keys: SpineKeys, columns: Sequence[pa.Array], rows: int) -> tuple[Inte
 
 
 def _falls(events: Integers, created: Integers | None) -> NDArray[np.bool_]:
-    """For each row but the first whether it stands after one with a greater (event, created)."""
+    """For each row but the first whether it does not stand after one with a smaller (event, created)."""
+    if created is None:
+        equal_or_less: NDArray[np.bool_] = events[1:] <= events[:-1]
+        return equal_or_less
     falls: NDArray[np.bool_] = events[1:] < events[:-1]
-    if created is not None:
-        falls |= (events[1:] == events[:-1]) & (created[1:] < created[:-1])
+    falls |= (events[1:] == events[:-1]) & (created[1:] < created[:-1])
     return falls
 
 
-def _in_order(numbers: Integers, starts: Integers, ends: Integers, falls: NDArray[np.bool_], count: int) -> bool:
-    """Whether each key has one run, and each of these runs rises."""
-    if len(numbers) and np.bincount(numbers, minlength=count).max() > 1:
-        return False
-    if not falls.any():
-        return True
-    # What stands in runs of other keys does not matter.
-    inside = np.zeros(len(falls) + 1, np.int64)
+def _has_two_runs(numbers: Integers, count: int) -> bool:
+    """Whether a key has more than one run."""
+    return len(numbers) > 1 and int(np.bincount(numbers, minlength=count).max()) > 1
+
+
+def _inside(starts: Integers, ends: Integers, rows: int) -> NDArray[np.bool_]:
+    """For each row whether the next one stands in the same of these runs."""
+    inside = np.zeros(rows + 1, np.int8)
     inside[starts] += 1
     inside[ends - 1] -= 1
-    return int(np.count_nonzero(falls & (np.cumsum(inside)[:-1] > 0))) == 0
+    within: NDArray[np.bool_] = np.cumsum(inside, dtype=np.int8)[:-1] > 0
+    return within
 
 
 def _sorted_rows(
@@ -213,15 +232,27 @@ def _by_visibility(visible: Integers, starts: Integers, ends: Integers) -> tuple
 
 
 def bisect_right(values: Integers, wanted: Integers, low: Integers, high: Integers) -> Integers:
-    """For each wanted value the first place in ``values[low:high]`` with a greater one, else ``high``."""
-    low, length = low.copy(), high - low
-    for _ in range(int(length.max()).bit_length()):
-        half = length >> 1
-        middle = low + half
-        right = (values.take(middle, mode="clip") <= wanted) & (length > 0)
-        low = np.where(right, middle + 1, low)
-        length = np.where(right, length - half - 1, half)
-    return low
+    """For each wanted value the first place in ``values[low:high]``, which rise, with a greater one, else ``high``."""
+    after: Integers = low.copy()
+    for bit in reversed(range(int((high - low).max()).bit_length())):
+        # One step is tried at a time, from the largest on: all rows of the step are behind it if its last one is.
+        step = after + (1 << bit)
+        taken = (values.take(step - 1, mode="clip") <= wanted) & (step <= high)
+        np.copyto(after, step, where=taken)
+    return after
+
+
+def in_order(numbers: Integers, times: Integers) -> Integers:
+    """The rows' places by number, then by time."""
+    if not len(numbers):
+        return np.zeros(0, np.int64)
+    first = int(times.min())
+    span = int(times.max()) - first + 1
+    if (int(numbers.max()) + 2) * span < 2**63:
+        order: Integers = np.argsort(numbers * span + (times - first))  # one number sorts faster than two
+        return order
+    by_both: Integers = np.lexsort((times, numbers))
+    return by_both
 
 
 def _combined(numbers: Integers, codes: Integers, size: int) -> Integers:

@@ -29,8 +29,10 @@ from spark_fs.offline.blocks import (
     Block,
     Integers,
     SpineKeys,
+    TiesError,
     as_integers,
     bisect_right,
+    in_order,
     is_integral,
     make_block,
     valid_mask,
@@ -96,21 +98,29 @@ class PartitionJoin:
     known_at: bool
     limits: Limits = Limits()
 
+    @property
+    def _keys(self) -> tuple[str, ...]:
+        """The spine's key columns."""
+        return next((tuple(name for name, _ in scan.keys) for scan in self.scans if scan.keys), ())
+
     def __call__(self, batches: Iterable[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
         """Spine batches → joined batches, one row per spine row, in no particular order."""
         for part in _parts(batches, self.limits.part_bytes):
             residues = as_integers(part[self.residue])
             rows = part.drop_columns([self.residue])
-            distinct = np.unique(residues)
-            for residue in distinct:
-                same = rows if len(distinct) == 1 else rows.take(pa.array(np.flatnonzero(residues == residue)))
-                yield from self._join(int(residue), same)
+            if residues.min() == residues.max():
+                yield from self._join(int(residues[0]), rows)
+                continue
+            for residue in np.unique(residues):
+                yield from self._join(int(residue), rows.take(pa.array(np.flatnonzero(residues == residue))))
 
     def _join(self, residue: int, spine: pa.Table) -> Iterator[pa.RecordBatch]:
-        numbered: dict[tuple[str, ...], SpineKeys] = {}  # most views have the same keys
-        for names in {tuple(name for name, _ in scan.keys) for scan in self.scans}:
-            numbered[names] = SpineKeys([spine[name] for name in names], spine.num_rows)
-        matches = [self._match(scan, residue, spine, numbered[tuple(name for name, _ in scan.keys)]) for scan in self.scans]
+        # The views of a group have the same keys, or none.
+        keyed, keyless = SpineKeys([spine[name] for name in self._keys], spine.num_rows), SpineKeys([], spine.num_rows)
+        # By key and time, as feature rows mostly lie: what is looked up then stands close together.
+        order = in_order(keyed.numbers, as_integers(spine[self.time]))
+        spine, keyed.numbers = spine.take(pa.array(order)), keyed.numbers[order]
+        matches = [self._match(scan, residue, spine, keyed if scan.keys else keyless) for scan in self.scans]
         portions = _portions(matches, spine.num_rows, self.limits.output_bytes)
         while portions:
             rows = portions.pop()
@@ -133,14 +143,14 @@ class PartitionJoin:
         rows = np.flatnonzero(numbers >= 0)
         if not len(rows):
             return match
+        files = scan.files_of(residue, self.modulus)
         search = Search(rows, numbers[rows], instants[rows], match)
-        for file in scan.files_of(residue, self.modulus):
-            concerned = search.concerned_by(file)
-            if len(concerned):
-                opened = FeatureFile(file, scan)
-                match.files.append(opened)
-                for block in opened.blocks(keys, self.limits, known_at=self.known_at):
-                    search.look_in(block, len(match.files) - 1, concerned)
+        try:
+            search.look_through(files, keys, self.limits, known_at=self.known_at, with_created=self.known_at)
+        except TiesError:  # few histories have any: the created times of all others are never read
+            match = Match(scan, spine.num_rows)
+            search = Search(rows, numbers[rows], instants[rows], match)
+            search.look_through(files, keys, self.limits, known_at=self.known_at, with_created=True)
         search.drop_expired()
         return match
 
@@ -168,10 +178,9 @@ class Match:
         file, row = self.file[rows], self.row[rows]
         found = np.flatnonzero(file >= 0)
         # One number sorts faster than two; a file has fewer than 2^40 rows.
-        winners = found[np.argsort((file[found].astype(np.int64) << 40) + row[found])]
-        index = np.full(len(file), -1, np.int64)
-        index[winners] = np.arange(len(winners))
-        place = pa.array(index, mask=index < 0)
+        position = (file[found].astype(np.int64) << 40) + row[found]
+        rising = len(position) < 2 or bool((position[1:] >= position[:-1]).all())
+        winners = found if rising else found[np.argsort(position)]
         batches, size = [], 0
         bounds = np.searchsorted(file[winners], np.arange(len(self.files) + 1))
         for number, opened in enumerate(self.files):
@@ -182,8 +191,13 @@ class Match:
                 if size > 2 * limits.output_bytes and len(rows) > 1:
                     raise _TooLargeError
         schema = pa.schema([(str(n), type_) for n, (_, type_) in enumerate(self.scan.features)])
-        fetched = pa.Table.from_batches(batches, schema)
-        return [_taken(column, place) for column in fetched.columns]
+        fetched: list[pa.ChunkedArray] = pa.Table.from_batches(batches, schema).columns
+        if rising and len(winners) == len(rows):
+            return fetched
+        index = np.full(len(rows), -1, np.int64)
+        index[winners] = np.arange(len(winners))
+        place = pa.array(index, mask=index < 0)
+        return [_taken(column, place) for column in fetched]
 
 
 class Search:
@@ -206,6 +220,18 @@ class Search:
                 concerned &= self._times - self._ttl_micros <= file.last
         return np.flatnonzero(concerned)
 
+    def look_through(
+        self, files: Iterable[DataFile], keys: SpineKeys, limits: Limits, *, known_at: bool, with_created: bool
+    ) -> None:
+        """Look for newer rows in these files. TiesError where created times would decide and are not read."""
+        for file in files:
+            concerned = self.concerned_by(file)
+            if len(concerned):
+                opened = FeatureFile(file, self._match.scan)
+                self._match.files.append(opened)
+                for block in opened.blocks(keys, limits, known_at=known_at, with_created=with_created):
+                    self.look_in(block, len(self._match.files) - 1, concerned)
+
     def look_in(self, block: Block, file: int, concerned: Integers) -> None:
         """For the rows ``concerned`` take the block's newest visible row where it is newer than the best so far."""
         numbers = self._numbers[concerned]
@@ -217,12 +243,18 @@ class Search:
         after = bisect_right(block.visible, self._times[concerned], first, end)
         found = after > first
         concerned, position = concerned[found], block.winner_before(after[found])
-        event, created = block.event[position], block.created_of(position)
-        best, best_created = self._event[concerned], self._created[concerned]
-        unmatched = self._match.file[self._rows[concerned]] < 0
-        better = unmatched | (event > best) | ((event == best) & (created > best_created))
+        event = block.event[position]
+        best = self._event[concerned]
+        better = (event > best) | (self._match.file[self._rows[concerned]] < 0)
+        tied = np.flatnonzero((event == best) & ~better)
+        if len(tied) and self._match.scan.created is not None:
+            if block.created is None:
+                raise TiesError
+            better[tied] = block.created[position[tied]] > self._created[concerned[tied]]
         concerned, position = concerned[better], position[better]
-        self._event[concerned], self._created[concerned] = event[better], created[better]
+        self._event[concerned] = event[better]
+        if block.created is not None:
+            self._created[concerned] = block.created[position]
         self._match.file[self._rows[concerned]] = file
         self._match.row[self._rows[concerned]] = block.row_in_file(position)
 
@@ -262,27 +294,27 @@ class FeatureFile:
         ) as opened:
             yield from opened.iter_batches(rows, row_groups=groups, columns=columns, use_threads=False)
 
-    def blocks(self, keys: SpineKeys, limits: Limits, *, known_at: bool) -> Iterator[Block]:
-        """The file's rows whose keys the spine has, as blocks to search in."""
-        scan = self._scan
-        names = [*(name for _, name in scan.keys), scan.event, *([scan.created] if scan.created else [])]
+    def blocks(self, keys: SpineKeys, limits: Limits, *, known_at: bool, with_created: bool) -> Iterator[Block]:
+        """The file's rows whose keys the spine has, as blocks to search in; see ``make_block``."""
+        scan, ties = self._scan, self._scan.created is None
+        names = [*(name for _, name in scan.keys), scan.event, *([scan.created] if scan.created and with_created else [])]
         offset = 0
         for batch in self._read(names, range(self._metadata.num_row_groups), limits):
             key_columns = [batch.column(name) for _, name in scan.keys]
-            created = batch.column(scan.created) if scan.created else None
+            created = batch.column(scan.created) if scan.created and with_created else None
             if batch.num_rows:
-                yield make_block(keys, key_columns, batch.column(scan.event), created, offset, known_at=known_at)
+                yield make_block(keys, key_columns, batch.column(scan.event), created, offset, known_at=known_at, ties=ties)
             offset += batch.num_rows
 
     def take(self, rows: Integers, limits: Limits) -> Iterator[pa.RecordBatch]:
         """The features of these rows of the file, which must rise; a column that the file does not have yet is null."""
         present = [name for name, _ in self._scan.features if name in self._columns]
-        group_of = np.searchsorted(self._starts, rows, side="right") - 1
-        for group in np.unique(group_of):
+        if not present:
+            yield self._as_declared(pa.table({}), len(rows))
+            return
+        bounds = np.searchsorted(rows, self._starts)
+        for group in np.flatnonzero(bounds[:-1] < bounds[1:]):
             start = int(self._starts[group])
-            if not present:
-                yield self._as_declared(pa.table({}), int((group_of == group).sum()))
-                continue
             for batch in self._read(present, [int(group)], limits):
                 low, high = np.searchsorted(rows, [start, start + batch.num_rows])
                 if low < high:

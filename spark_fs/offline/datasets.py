@@ -32,7 +32,7 @@ from spark_fs.offline.asof import (
 )
 from spark_fs.offline.compute import Transform, acceptable, feature_frame, quoted
 from spark_fs.offline.files import feature_table_path, write_text
-from spark_fs.offline.layout import Layout, newest_version, read_layout
+from spark_fs.offline.layout import Layout, read_layout
 from spark_fs.offline.tables import (
     FeatureTable,
     observed,
@@ -197,26 +197,30 @@ class RetrievalJob:
     @cached_property
     def origins(self) -> Mapping[str, Origin]:
         """Where the rows of each view (by alias) come from."""
-        return {selection.alias: self._origin(selection.view) for selection in self._selections}
+        return {selection.alias: self._origin(selection) for selection in self._selections}
+
+    @cached_property
+    def _built(self) -> Mapping[str, Sequence[Interval]]:
+        """What is built of each view (by alias), looked up once."""
+        return {selection.alias: self._store.registry.built(selection.view) for selection in self._selections}
 
     @cached_property
     def _stats(self) -> SpineStats:
-        built = [selection for selection in self._selections if self._store.registry.built(selection.view)]
+        built = [selection for selection in self._selections if self._built[selection.alias]]
         if self._strategy == "window":
             built = []
         others = [selection.spine_keys for selection in self._selections if selection not in built]
         return spine_stats(self._spine, _TIME, others, residues=[selection.spine_keys for selection in built])
 
-    def _origin(self, view: ViewSpec) -> Origin:
+    def _origin(self, selection: Selection) -> Origin:
+        view, built = selection.view, self._built[selection.alias]
         needed = needed_interval(view, self._stats)
         table = self._store.table(view)
-        built = self._store.registry.built(view)
         if needed is not None and built and covers(built, needed):
-            version = newest_version(table.path)
+            version, layout, obstacle = read_layout(table.path)
             if version is None and table.exists():
                 version = table.version()
             if version is not None:
-                layout, obstacle = read_layout(table.path, version)
                 return Origin(view, version, f"feature table {view.reference}, Delta version {version}", layout, obstacle)
         why = "covers the range" if built else "was built"
         return Origin(view, None, f"computed from source '{view.source.name}': no feature table {why}")

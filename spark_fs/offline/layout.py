@@ -35,34 +35,30 @@ class Layout:
     files: tuple[DataFile, ...]
 
 
-def read_layout(path: str, version: int) -> tuple[Layout | None, str]:
-    """The layout of the feature table at ``path`` at a version; or None, and why its files cannot be read one by one."""
+def read_layout(path: str, version: int | None = None) -> tuple[int | None, Layout | None, str]:
+    """The version of the feature table at ``path`` (default: its newest), and how it lies.
+
+    Without a version the log cannot be read without Spark, or there is no table; without a layout the files cannot be read
+    one by one. The text then says why.
+    """
     from deltalake import DeltaTable
     from deltalake.exceptions import DeltaError
 
+    found = None
     try:
-        check_readable(path)
         table = DeltaTable(path, version=version)
+        found = int(table.version())
+        check_readable(path)
         protocol = table.protocol()
         unknown = set(protocol.reader_features or ()) - _HARMLESS
         if unknown or protocol.min_reader_version == 2:
-            return None, f"the table uses {', '.join(sorted(unknown)) or 'column mapping'}, which only Delta Lake itself reads"
+            why = f"the table uses {', '.join(sorted(unknown)) or 'column mapping'}, which only Delta Lake itself reads"
+            return found, None, why
         bucket = next(field for field in table.schema().fields if field.name == "_bucket")
-        return Layout(int(bucket.metadata["buckets"]), _files(table, path)), ""
+        return found, Layout(int(bucket.metadata["buckets"]), _files(table, path)), ""
     except (DeltaError, OSError, ValueError, NotImplementedError) as error:
         scheme = path.partition("://")[0] if "://" in path else "file"
-        return None, f"files by {scheme}:// cannot be opened without Spark: {next(iter(str(error).splitlines()), '')}"
-
-
-def newest_version(path: str) -> int | None:
-    """The newest version of the table at ``path``; None where there is none, or it cannot be read without Spark."""
-    from deltalake import DeltaTable
-    from deltalake.exceptions import DeltaError
-
-    try:
-        return int(DeltaTable(path).version())
-    except (DeltaError, OSError, ValueError):
-        return None
+        return found, None, f"files by {scheme}:// cannot be opened without Spark: {next(iter(str(error).splitlines()), '')}"
 
 
 def _files(table: Any, path: str) -> tuple[DataFile, ...]:

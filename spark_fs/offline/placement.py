@@ -18,8 +18,10 @@ from spark_fs.offline.layout import DataFile
 RESIDUES = 1024
 #: What a spine row costs, in bytes of feature file: measured as the time of joining one to the time of reading the other.
 SPINE_ROW_COST = 500
-#: About what a task should cost: less, and starting tasks takes the time; more, and the last one keeps all waiting.
-TASK_COST = 96 << 20
+#: About what a task should cost, half a second: less, and starting tasks takes the time; more, and the last keeps all waiting.
+TASK_COST = 512 << 20
+#: What the spine rows of one residue may cost before they are given to several tasks, which all read the same files.
+SPLIT_COST = 96 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,7 +53,9 @@ def place(views: Sequence[tuple[int, Sequence[DataFile]]], spine_rows: Sequence[
     total = sum(reading) + SPINE_ROW_COST * sum(joining)
     shares = tuple(_shares(r, SPINE_ROW_COST * j, total, parallelism) for r, j in zip(reading, joining, strict=True))
     costs = [(r + SPINE_ROW_COST * j / n) for r, j, n in zip(reading, joining, shares, strict=True) for _ in range(n)]
-    count = min(len(costs), max(2 * parallelism, ceil(sum(costs) / TASK_COST)))
+    # Whole rounds of tasks: one task more than there are places would keep all others waiting.
+    rounds = max(2, ceil(sum(costs) / TASK_COST / parallelism))
+    count = min(len(costs), rounds * parallelism)
     return Placement(modulus, shares, _spread(costs, count), count)
 
 
@@ -79,7 +83,7 @@ def _shares(reading: float, joining: float, total: float, parallelism: int) -> i
     Each share reads the same files, so their cost stays; no more shares than tasks that run at a time.
     """
     even = total / parallelism
-    if joining <= max(even, TASK_COST):
+    if joining <= max(even, SPLIT_COST):
         return 1
     return min(parallelism, ceil(joining / max(even - reading, even / 2)))
 

@@ -125,7 +125,7 @@ def table(spark: SparkSession, tmp_path_factory: pytest.TempPathFactory) -> Iter
 
 
 def view_of(table: FeatureTable, version: int | None = None, **wanted: Any) -> AsofView:
-    layout, why = read_layout(table.path, table.version() if version is None else version)
+    _, layout, why = read_layout(table.path, table.version() if version is None else version)
     assert layout, why
     columns = [(column.name, column.type.spark) for column in (*table.view.keys, *table.view.features)]
     settings: dict[str, Any] = {
@@ -235,10 +235,10 @@ def test_tables_that_others_must_read_are_left_to_spark(spark: SparkSession, tab
     """A table with deletion vectors, or by a scheme that Arrow cannot open, has no layout, and the reason is said."""
     path = table.path + "_vectors"
     spark.range(3).write.format("delta").option("delta.enableDeletionVectors", "true").save(path)
-    layout, why = read_layout(path, 0)
+    _, layout, why = read_layout(path, 0)
     assert layout is None
     assert "deletionVectors" in why
-    layout, why = read_layout("gopher://host/table", 0)
+    _, layout, why = read_layout("gopher://host/table", 0)
     assert layout is None
     assert "gopher" in why
 

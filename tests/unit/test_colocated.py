@@ -62,6 +62,22 @@ def test_overlapping_and_unsorted_files_give_the_newest_row(tmp_path: Path) -> N
         assert found(joined) == [2, 3, 4]
 
 
+def test_created_times_are_read_only_where_event_times_tie(tmp_path: Path) -> None:
+    """Files without the column will do as long as each key has each event time once; a tie of any two rows needs it."""
+    whole, apart = (lambda rows: [rows]), (lambda rows: [rows[:1], rows[1:]])
+    for number, (split, events, tied) in enumerate(
+        [(whole, [10, 20], False), (whole, [10, 10], True), (apart, [10, 10], True)]
+    ):
+        table = rows([1, 1], events, v=pa.array([1, 2])).drop_columns([CREATED])
+        files = write_files(tmp_path / str(number), table, ID, 1, split)
+        view = scan(files, {"id": "id"}, {"v": pa.int64()}, 1)
+        if tied:
+            with pytest.raises(KeyError, match=CREATED):
+                join(numbered(rows([1], [25])), [view], ID)
+        else:
+            assert found(join(numbered(rows([1], [25])), [view], ID)) == [2]
+
+
 def test_files_are_not_opened_where_nothing_in_them_can_be_seen(tmp_path: Path) -> None:
     """A file that begins after the last time, or ends before what is found already, is not even opened."""
     files = write_files(tmp_path, rows([1, 1], [10, 20], v=pa.array([1, 2])), ID, 1, one_sorted_file(["id"]))
