@@ -10,10 +10,15 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from pyspark.sql import SparkSession
 
+from spark_fs import FeatureStore
 from spark_fs.online import server
 
 ROOT = Path(__file__).parents[2]
+sys.path.insert(0, str(ROOT / "feature_repo" / "demo"))
+
+from spine import spine  # noqa: E402  # a script of the example, not a package
 
 
 @pytest.fixture(scope="module")
@@ -66,6 +71,20 @@ def test_the_outputs_are_read_without_spark(project: Path, first_run: str) -> No
     told = script(project, "read_outputs")
     assert "version 0" in told
     assert "rows to train on" in told
+
+
+def test_both_strategies_give_the_same_training_set(spark: SparkSession, project: Path, first_run: str) -> None:
+    """Over all 328,521 flights and seven views: the join where rows lie and the window agree in every value."""
+    store = FeatureStore(project, "local", spark=spark)
+    found = {}
+    for strategy in ("colocated", "window"):
+        entities = spine(project / ".spark_fs" / "raw")
+        job = store.get_historical_features(entities, "departure_delay_v1", full_feature_names=True, strategy=strategy)
+        assert {group.strategy for group in job.plan.groups} == {strategy}
+        joined = job.to_arrow()
+        found[strategy] = joined.sort_by([(name, "ascending") for name in joined.column_names])
+    assert found["colocated"].num_rows == 328_521
+    assert found["colocated"].equals(found["window"])
 
 
 def test_a_second_run_does_only_what_is_left(project: Path, first_run: str) -> None:

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import shutil
 import sys
-from datetime import datetime, timedelta, timezone
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -15,14 +14,12 @@ from deltalake import DeltaTable
 from pyspark.sql import DataFrame, SparkSession
 from pyspark.sql import functions as F
 
-from spark_fs import FeatureStore
 from spark_fs.repo import Repository, load
 
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT / "feature_repo" / "demo"))
 
-from prepare import prepare  # noqa: E402  # scripts of the example, not a package
-from spine import spine  # noqa: E402
+from prepare import prepare  # noqa: E402  # a script of the example, not a package
 
 
 @pytest.fixture(scope="module")
@@ -269,20 +266,3 @@ def test_the_session_time_zone_changes_nothing(spark: SparkSession, repository: 
         return hashes.agg(F.count("*"), F.sum("hash")).first()
 
     assert content("Asia/Tokyo") == content("America/New_York")
-
-
-def test_both_strategies_give_the_same_training_set(spark: SparkSession, raw: Path) -> None:
-    """Over all 328,521 flights and seven views: the join where rows lie and the window agree in every value."""
-    for name in ("conf", "feature_repo"):
-        shutil.copytree(ROOT / name, raw.parents[1] / name, dirs_exist_ok=True)
-    store = FeatureStore(raw.parents[1], "local", spark=spark)
-    store.apply()
-    store.build(end=datetime(2014, 1, 1, tzinfo=timezone.utc))
-    found = {}
-    for strategy in ("colocated", "window"):
-        job = store.get_historical_features(spine(raw), "departure_delay_v1", full_feature_names=True, strategy=strategy)
-        assert {group.strategy for group in job.plan.groups} == {strategy}
-        joined = job.to_arrow()
-        found[strategy] = joined.sort_by([(name, "ascending") for name in joined.column_names])
-    assert found["colocated"].num_rows == 328_521
-    assert found["colocated"].equals(found["window"])
