@@ -4,9 +4,9 @@
 
 Arms: our ``colocated`` and ``window``; ``range``, the plan shape of Feast; ``shuffle``, what any plan that shuffles must
 pay; DuckDB and polars on the same Parquet files. All run on two cores, each engine in a process of its own, one at a time
-and in turns; the first run of each is not counted, nor are two more of the quicker arms, while the JVM still compiles; ratios
-are taken between runs of the same round. Ours are timed from the request on: registry, count of the spine, plan, join. The
-sums over all columns must agree between the arms, else the benchmark ends at once.
+and in turns, warm: the first run of each is not counted, nor are two more of the quicker arms and one before each that counts.
+Ratios are taken between runs of the same round. Ours are timed from the request on: registry, count of the spine, plan, join.
+The sums over all columns must agree between the arms, else the benchmark ends at once.
 
 Data, feature tables and runs stay in the cache folder, so that workloads can be measured one by one; ``--report`` judges what
 is there. At a ``--scale`` other than 1 targets are not judged. Prints JSON lines, then Markdown; exits 1 where a target is
@@ -38,8 +38,9 @@ from benchmarks.report import Report
 CACHE = Path(__file__).parents[1] / ".spark_fs" / "bench" / "asof"
 #: The counted runs of an arm whose first counted run took up to so many seconds; slower ones get two.
 _RUNS_BY_SECONDS = ((20, 5), (60, 3))
-#: An arm whose first run took up to so many seconds is run twice more before runs count: the JVM compiles for several runs.
-_WARM_UP_SECONDS, _WARM_UPS = 25, 2
+#: An arm whose first run took up to so many seconds is run twice more before runs count, for the JVM compiles for several
+#: runs, and once before each that counts, for Spark ends Python workers that were idle for the minute which slow arms take.
+_QUICK_SECONDS, _WARM_UPS = 40, 2
 _PACKAGES = ("spark-fs", "pyspark", "delta-spark", "pyarrow", "numpy", "duckdb", "polars")
 
 
@@ -130,14 +131,18 @@ class Bench:
     def _rounds(self, engines: dict[str, EngineProcess], most_runs: int) -> Iterator[dict[str, Any]]:
         """Round 0 warms up, with new Python workers; round 1 shows how often a cell is run."""
         last_round = dict.fromkeys(self.workload.cells, min(1, most_runs))
+        quick: set[Cell] = set()
         for number in range(most_runs + 1):
             for cell in self.workload.cells:
                 if number > last_round[cell]:
                     continue
+                if number and cell in quick:
+                    self._run(engines[cell.session], cell, number, renew=False)
                 run = self._run(engines[cell.session], cell, number, renew=number == 0)
                 if "error" in run:
                     last_round[cell] = 0
-                elif number == 0 and run["seconds"] <= _WARM_UP_SECONDS:
+                elif number == 0 and run["seconds"] <= _QUICK_SECONDS:
+                    quick.add(cell)
                     for _ in range(min(_WARM_UPS, most_runs)):
                         self._run(engines[cell.session], cell, number, renew=False)
                 elif number == 1:
