@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from datetime import datetime, timedelta
 from functools import reduce
+from itertools import islice
 from operator import and_, or_
 
 from pyspark.errors import PySparkException
@@ -332,8 +333,10 @@ def _colocated(
     declared = DataType.fromDDL(", ".join(f"value{number} {type_}" for number, type_ in enumerate(types)) or "struct<>")
     assert isinstance(declared, StructType)
     fields = declared.fields
+    left = iter(fields)
+    own = [list(islice(left, len(view.features))) for view in group.views]
     join = PartitionJoin(
-        scans=tuple(_scan(group, index, at, fields) for index in range(len(group.views))),
+        scans=tuple(_scan(*view, at) for view in zip(group.views, group.files, own, strict=True)),
         names=tuple(column.name for column in fields),
         time=at[plan.spine_time],
         residue="residue",
@@ -361,20 +364,18 @@ def _array(numbers: Sequence[int]) -> str:
     return f"array({', '.join(str(int(number)) for number in numbers)})"
 
 
-def _scan(group: AsofGroup, index: int, at: Mapping[str, str], fields: Sequence[StructField]) -> Scan:
-    view, before = group.views[index], sum(len(earlier.features) for earlier in group.views[:index])
-    by_bucket: dict[int, list[DataFile]] = {}
-    for file in group.files[index]:
-        by_bucket.setdefault(file.bucket, []).append(file)
+def _scan(view: AsofView, files: Sequence[DataFile], fields: Sequence[StructField], at: Mapping[str, str]) -> Scan:
+    """What a task is told of a view; ``fields`` has the types of its features."""
     assert view.layout is not None
+    by_bucket: dict[int, list[DataFile]] = {}
+    for file in files:
+        by_bucket.setdefault(file.bucket, []).append(file)
+    types = [to_arrow_type(field.dataType, timezone="UTC") for field in fields]
     return Scan(
         keys=tuple((at[spine_key], key) for spine_key, key in view.keys),
         event=view.event_time,
         created=view.created_time,
-        features=tuple(
-            (name, to_arrow_type(field.dataType, timezone="UTC"))
-            for (name, _), field in zip(view.features, fields[before:], strict=False)
-        ),
+        features=tuple(zip((name for name, _ in view.features), types, strict=True)),
         ttl_micros=view.ttl // _MICROSECOND if view.ttl else None,
         buckets=view.layout.buckets,
         files={bucket: tuple(found) for bucket, found in by_bucket.items()},

@@ -105,22 +105,25 @@ class PartitionJoin:
 
     def __call__(self, batches: Iterable[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
         """Spine batches → joined batches, one row per spine row, in no particular order."""
+        tied: set[int] = set()
         for part in _parts(batches, self.limits.part_bytes):
             residues = as_integers(part[self.residue])
             rows = part.drop_columns([self.residue])
             if residues.min() == residues.max():
-                yield from self._join(int(residues[0]), rows)
+                yield from self._join(int(residues[0]), rows, tied)
                 continue
             for residue in np.unique(residues):
-                yield from self._join(int(residue), rows.take(pa.array(np.flatnonzero(residues == residue))))
+                yield from self._join(int(residue), rows.take(pa.array(np.flatnonzero(residues == residue))), tied)
 
-    def _join(self, residue: int, spine: pa.Table) -> Iterator[pa.RecordBatch]:
+    def _join(self, residue: int, spine: pa.Table, tied: set[int]) -> Iterator[pa.RecordBatch]:
         # The views of a group have the same keys, or none.
         keyed, keyless = SpineKeys([spine[name] for name in self._keys], spine.num_rows), SpineKeys([], spine.num_rows)
         # By key and time, as feature rows mostly lie: what is looked up then stands close together.
         order = in_order(keyed.numbers, as_integers(spine[self.time]))
         spine, keyed.numbers = spine.take(pa.array(order)), keyed.numbers[order]
-        matches = [self._match(scan, residue, spine, keyed if scan.keys else keyless) for scan in self.scans]
+        matches = [
+            self._match(number, residue, spine, keyed if scan.keys else keyless, tied) for number, scan in enumerate(self.scans)
+        ]
         portions = _portions(matches, spine.num_rows, self.limits.output_bytes)
         while portions:
             rows = portions.pop()
@@ -133,24 +136,24 @@ class PartitionJoin:
             table = pa.table([*own.columns, *values], names=[*spine.column_names, *self.names])
             yield from _batches(table, self.limits.output_bytes)
 
-    def _match(self, scan: Scan, residue: int, spine: pa.Table, keys: SpineKeys) -> Match:
-        times = spine[self.time]
+    def _match(self, number: int, residue: int, spine: pa.Table, keys: SpineKeys, tied: set[int]) -> Match:
+        """The winners of a scan, by its number. Created times are read only for scans in ``tied``, to which it may be added."""
+        scan, times = self.scans[number], spine[self.time]
         match = Match(scan, spine.num_rows)
         if (residue == NO_RESIDUE and scan.keys) or times.null_count == len(times):
             return match
         numbers = keys.numbers if times.null_count == 0 else np.where(valid_mask(times), keys.numbers, -1)
-        instants = as_integers(times)
         rows = np.flatnonzero(numbers >= 0)
         if not len(rows):
             return match
-        files = scan.files_of(residue, self.modulus)
-        search = Search(rows, numbers[rows], instants[rows], match)
+        search = Search(rows, numbers[rows], as_integers(times)[rows], match)
+        with_created = self.known_at or number in tied
         try:
-            search.look_through(files, keys, self.limits, known_at=self.known_at, with_created=self.known_at)
-        except TiesError:  # few histories have any: the created times of all others are never read
-            match = Match(scan, spine.num_rows)
-            search = Search(rows, numbers[rows], instants[rows], match)
-            search.look_through(files, keys, self.limits, known_at=self.known_at, with_created=True)
+            for file in scan.files_of(residue, self.modulus):
+                search.look_through(file, keys, self.limits, known_at=self.known_at, with_created=with_created)
+        except TiesError:  # rare: once more, and from now on, with created times
+            tied.add(number)
+            return self._match(number, residue, spine, keys, tied)
         search.drop_expired()
         return match
 
@@ -220,17 +223,14 @@ class Search:
                 concerned &= self._times - self._ttl_micros <= file.last
         return np.flatnonzero(concerned)
 
-    def look_through(
-        self, files: Iterable[DataFile], keys: SpineKeys, limits: Limits, *, known_at: bool, with_created: bool
-    ) -> None:
-        """Look for newer rows in these files. TiesError where created times would decide and are not read."""
-        for file in files:
-            concerned = self.concerned_by(file)
-            if len(concerned):
-                opened = FeatureFile(file, self._match.scan)
-                self._match.files.append(opened)
-                for block in opened.blocks(keys, limits, known_at=known_at, with_created=with_created):
-                    self.look_in(block, len(self._match.files) - 1, concerned)
+    def look_through(self, file: DataFile, keys: SpineKeys, limits: Limits, *, known_at: bool, with_created: bool) -> None:
+        """Look for newer rows in a file. TiesError where created times would decide and are not read."""
+        concerned = self.concerned_by(file)
+        if len(concerned):
+            opened = FeatureFile(file, self._match.scan)
+            self._match.files.append(opened)
+            for block in opened.blocks(keys, limits, known_at=known_at, with_created=with_created):
+                self.look_in(block, len(self._match.files) - 1, concerned)
 
     def look_in(self, block: Block, file: int, concerned: Integers) -> None:
         """For the rows ``concerned`` take the block's newest visible row where it is newer than the best so far."""
@@ -347,6 +347,8 @@ def _parts(batches: Iterable[pa.RecordBatch], part_bytes: int) -> Iterator[pa.Ta
     gathered: list[pa.RecordBatch] = []
     size = 0
     for batch in batches:
+        if not batch.num_rows:
+            continue
         gathered.append(batch)
         size += batch.nbytes
         if size >= part_bytes:
