@@ -333,10 +333,10 @@ def _colocated(
     declared = DataType.fromDDL(", ".join(f"value{number} {type_}" for number, type_ in enumerate(types)) or "struct<>")
     assert isinstance(declared, StructType)
     fields = declared.fields
-    left = iter(fields)
-    own = [list(islice(left, len(view.features))) for view in group.views]
+    remaining = iter(fields)
+    own = [list(islice(remaining, len(view.features))) for view in group.views]
     join = PartitionJoin(
-        scans=tuple(_scan(*view, at) for view in zip(group.views, group.files, own, strict=True)),
+        scans=tuple(_scan(view, files, mine, at) for view, files, mine in zip(group.views, group.files, own, strict=True)),
         names=tuple(column.name for column in fields),
         time=at[plan.spine_time],
         residue="residue",

@@ -122,8 +122,8 @@ def make_block(
     created: pa.Array | None,
     offset: int,
     *,
-    known_at: bool = False,
-    ties: bool = True,
+    known_at: bool,
+    ties: bool,
 ) -> Block:
     """A block of the rows from ``offset`` on in their file; rows that nothing can match are left out of its runs.
 

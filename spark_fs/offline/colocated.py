@@ -297,11 +297,12 @@ class FeatureFile:
     def blocks(self, keys: SpineKeys, limits: Limits, *, known_at: bool, with_created: bool) -> Iterator[Block]:
         """The file's rows whose keys the spine has, as blocks to search in; see ``make_block``."""
         scan, ties = self._scan, self._scan.created is None
-        names = [*(name for _, name in scan.keys), scan.event, *([scan.created] if scan.created and with_created else [])]
+        created_name = scan.created if with_created else None
+        names = [*(name for _, name in scan.keys), scan.event, *([created_name] if created_name else [])]
         offset = 0
         for batch in self._read(names, range(self._metadata.num_row_groups), limits):
             key_columns = [batch.column(name) for _, name in scan.keys]
-            created = batch.column(scan.created) if scan.created and with_created else None
+            created = batch.column(created_name) if created_name else None
             if batch.num_rows:
                 yield make_block(keys, key_columns, batch.column(scan.event), created, offset, known_at=known_at, ties=ties)
             offset += batch.num_rows
