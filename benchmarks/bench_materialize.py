@@ -30,7 +30,6 @@ from pyspark.sql import functions as F
 from benchmarks.report import Report, spark_session
 from spark_fs.intervals import BEGINNING, Interval
 from spark_fs.materialize import materialize_view
-from spark_fs.offline.compute import settle
 from spark_fs.offline.tables import FeatureTable
 from spark_fs.online.redis_store import OnlineTarget
 from spark_fs.spec import Column, SourceSpec, ViewSpec
@@ -123,9 +122,7 @@ def _table(spark: SparkSession, path: str, keys: int) -> FeatureTable:
         F.timestamp_micros(micros).alias("created_timestamp"),
         *(F.rand(n).alias(f"f{n}") for n in range(DOUBLES)),
     )
-    settled = settle(VIEW, rows, BUCKETS).withColumn("_build", F.lit(1))
-    columns = [*VIEW.key_names, "event_timestamp", "created_timestamp", *VIEW.feature_names, "_build", "_bucket"]
-    table.replace(settled.select(*columns), Interval(BEGINNING, NOW), 1, {"build": 1})
+    table.replace(rows, Interval(BEGINNING, NOW), 1)
     return table
 
 

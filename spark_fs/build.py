@@ -15,10 +15,12 @@ from pyspark.sql import DataFrame, Observation
 from pyspark.sql import functions as F
 
 from spark_fs.config import MOST_BUCKETS
-from spark_fs.errors import ConflictError, InvalidError, summary, translate
+from spark_fs.errors import ConflictError, InvalidError, summary
 from spark_fs.intervals import BEGINNING, Interval, missing, text
-from spark_fs.offline.compute import acceptable, instant_literal, quoted, settle, within
-from spark_fs.offline.tables import Commit, FeatureTable, Rewrite, files_are_sorted, observed, source_bytes
+from spark_fs.offline.compute import acceptable, instant_literal, quoted, within
+from spark_fs.offline.sources import source_bytes
+from spark_fs.offline.table_log import Commit, Rewrite, files_are_sorted
+from spark_fs.offline.tables import FeatureTable, Replaced, observed
 from spark_fs.registry import Registry
 from spark_fs.spec import ViewSpec
 
@@ -38,7 +40,8 @@ class BuildResult:
     can hold them), ``future`` lie past what may be built yet, ``ties_dropped`` lost a tie, ``rows_written`` are in the table.
     ``unchanged``: nothing was read, for the source is as it was and had nothing as late as this. ``optimized``: the table had
     too many files a bucket and was rewritten; ``files`` are its data files before and after. ``optimize_error`` says why that
-    failed; the build's rows are in the table all the same.
+    failed; the build's rows are in the table all the same. ``why_delta``: why the files were written by Delta's own writer,
+    which takes longer; None where Python workers wrote them.
     """
 
     view: str
@@ -56,6 +59,7 @@ class BuildResult:
     optimized: bool = False
     files: tuple[int, int] | None = None
     optimize_error: str | None = None
+    why_delta: str | None = None
 
     def to_json(self) -> dict[str, Any]:
         """The result as JSON values."""
@@ -65,7 +69,8 @@ class BuildResult:
     def to_row(self) -> dict[str, Any]:
         """The result as a row for people: of the upkeep only whether there was one, and its data files before and after."""
         row = self.to_json()
-        files, _ = row.pop("files"), row.pop("optimize_error")  # an error is too long for a cell
+        files = row.pop("files")
+        del row["optimize_error"], row["why_delta"]  # too long for a cell
         return {**row, "optimized": files or self.optimized}
 
 
@@ -149,7 +154,7 @@ def build_interval(
         table.create(choose_buckets(source_bytes(frame)) if buckets is None else buckets)
     build = registry.begin_build(view, interval)
     try:
-        counts, written = _place(table, frame, interval, build, latest)
+        counts, done = _replace(table, frame, interval, build, latest)
     except BaseException as error:
         state = "failed" if isinstance(error, Exception) else "interrupted"
         registry.finish_build(view, build, state, {"error": type(error).__name__})
@@ -158,57 +163,41 @@ def build_interval(
         view=view.reference,
         interval=interval,
         build=build,
-        table_version=table.version(),
+        table_version=done.version,
         rows_read=counts["rows"],
-        rows_written=written,
+        rows_written=counts["inside"] - done.ties_dropped,
         null_keys=counts["null_keys"],
         null_times=counts["null_times"],
         future=counts["future"],
-        ties_dropped=counts["inside"] - written,
+        ties_dropped=done.ties_dropped,
         seconds=round(time.monotonic() - began, 3),
+        why_delta=done.why_delta or None,
     )
     details = {**result.to_json(), "source_state": source_state, "beyond": counts["beyond"]}
     registry.finish_build(view, build, "done", details)
     return result
 
 
-def _place(
+def _replace(
     table: FeatureTable, frame: DataFrame, interval: Interval, build: int, latest: datetime
-) -> tuple[dict[str, Any], int]:
-    """As ``_replace``, in the table's buckets; once more where upkeep of the table came in between, which changes no rows."""
+) -> tuple[dict[str, Any], Replaced]:
+    """Put the frame's rows of the interval into the table: what was counted of the frame, and what the table says.
+
+    Once more where upkeep of the table came in between, which changes no rows.
+    """
+    view, measures = table.view, _counts(table.view, interval, latest)
     for attempts_left in reversed(range(_ATTEMPTS)):
-        buckets = table.buckets()
+        seen = Observation()
+        rows = frame.observe(seen, *measures).where(acceptable(view) & within(interval))
         try:
-            found = _replace(table, frame, interval, build, buckets, latest)
-        except Exception as error:
-            conflict = isinstance(translate(error), ConflictError)
-            if not (conflict and attempts_left and table.commits()[0].rewrite):
+            done = table.replace(rows, interval, build)
+        except ConflictError:
+            # Two: Delta's own writer notices another number of buckets only after its commit.
+            if not attempts_left or not any(commit.rewrite for commit in table.commits()[:2]):
                 raise
             continue
-        # Else redistributed between our look at the number and Delta's at the table: the rows lie in wrong buckets.
-        if table.buckets() == buckets:
-            return found
-    raise ConflictError.of(
-        "SFS-410",
-        f"The buckets of feature table '{table.view.reference}' change again and again.",
-        why=f"Rows of build {build} may lie in wrong ones; the interval is not noted as built.",
-        fix="run the same command again",
-    )
-
-
-def _replace(
-    table: FeatureTable, frame: DataFrame, interval: Interval, build: int, buckets: int, latest: datetime
-) -> tuple[dict[str, Any], int]:
-    """Put the frame's rows of the interval into the table: what was counted of the frame, and the rows written."""
-    view, seen, kept = table.view, Observation(), Observation()
-    measures, all_rows = _counts(view, interval, latest), [F.count(F.lit(1)).alias("rows")]
-    rows = frame.observe(seen, *measures).where(acceptable(view) & within(interval))
-    settled = settle(view, rows, buckets).withColumn("_build", F.lit(build))
-    columns = [*view.key_names, "event_timestamp", "created_timestamp", *view.feature_names, "_build", "_bucket"]
-    note = {"view": view.reference, "build": build, "interval": [text(interval.start), text(interval.end)]}
-    placed = settled.select(*columns)
-    table.replace(placed.observe(kept, *all_rows), interval, build, note)
-    return observed(seen, frame, measures), observed(kept, placed, all_rows)["rows"]
+        return observed(seen, frame, measures), done
+    raise AssertionError("unreachable: the last attempt returns or raises")
 
 
 def _counts(view: ViewSpec, interval: Interval, latest: datetime) -> list[Any]:

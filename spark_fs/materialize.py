@@ -14,7 +14,8 @@ from pyspark.sql import functions as F
 
 from spark_fs.intervals import Interval, text, to_micros
 from spark_fs.offline.compute import instant_literal, key_bytes, quoted, within
-from spark_fs.offline.tables import FeatureTable, builds_since, can_be_read_in_place, observed
+from spark_fs.offline.table_log import builds_since, can_be_read_in_place
+from spark_fs.offline.tables import FeatureTable, observed
 from spark_fs.online import executor
 from spark_fs.online.redis_store import COUNTS, OnlineTarget, WriteCounts
 from spark_fs.registry import Watermark

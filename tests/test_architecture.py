@@ -21,8 +21,9 @@ PACKAGE = ROOT / "spark_fs"
 ORDER = [
     "errors", "intervals", "types", "spec", "definitions", "config", "transformations", "repo", "registry", "plan",
     "jars", "session",
-    "offline.files", "offline.layout", "offline.compute", "offline.tables", "offline.placement", "offline.asof_plan",
-    "offline.blocks", "offline.colocated", "offline.asof",
+    "offline.files", "offline.sources", "offline.compute", "offline.layout", "offline.blocks", "offline.bucket_files",
+    "offline.table_log", "offline.transaction", "offline.tables", "offline.placement", "offline.asof_plan",
+    "offline.colocated", "offline.asof",
     "offline.spines", "offline.datasets",
     "online.codec", "online.encode", "online.redis_store", "online.executor", "online.server", "online.read",
     "doctor", "build", "materialize", "store", "console", "submit", "template",

@@ -33,14 +33,8 @@ from spark_fs.offline.asof import (
 from spark_fs.offline.compute import Transform, acceptable, feature_frame, quoted
 from spark_fs.offline.files import feature_table_path, write_text
 from spark_fs.offline.layout import Layout, read_layout
-from spark_fs.offline.tables import (
-    FeatureTable,
-    observed,
-    read_dataset,
-    read_source,
-    source_state,
-    write_dataset,
-)
+from spark_fs.offline.sources import read_source, source_state
+from spark_fs.offline.tables import FeatureTable, observed, read_dataset, write_dataset
 from spark_fs.registry import Registry
 from spark_fs.spec import Selection, ViewSpec, output_names
 

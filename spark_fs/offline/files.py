@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from contextlib import suppress
 from pathlib import PurePosixPath
 
 import pyarrow
@@ -56,6 +57,21 @@ def open_file(path: str) -> pyarrow.NativeFile:
     """The file for reading anywhere in it. Not mapped into memory: its pages would count as the worker's."""
     system, inner = _file_system(path)
     return system.open_input_file(inner)
+
+
+def create_file(path: str) -> pyarrow.NativeFile:
+    """A new file to be written from its start; a local one's folder is made."""
+    system, inner = _file_system(path)
+    if isinstance(system, fs.LocalFileSystem):
+        system.create_dir(str(PurePosixPath(inner).parent), recursive=True)
+    return system.open_output_stream(inner)
+
+
+def delete_file(path: str) -> None:
+    """Delete the file; nothing happens if there is none."""
+    system, inner = _file_system(path)
+    with suppress(FileNotFoundError):
+        system.delete_file(inner)
 
 
 def check_readable(path: str) -> None:

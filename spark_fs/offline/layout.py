@@ -6,11 +6,13 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
 
-from spark_fs.intervals import to_micros
+from spark_fs.intervals import Interval, to_micros
 from spark_fs.offline.files import check_readable
 
 #: Protocol features that change nothing in how a data file is read.
 _HARMLESS = frozenset({"timestampNtz", "v2Checkpoint", "vacuumProtocolCheck"})
+#: The version of Delta's protocol up to which a writer need not check or compute anything about rows.
+_PLAIN_WRITER = 2
 #: Delta states times in its log cut to milliseconds.
 _CUT_MICROS = 999
 
@@ -26,13 +28,32 @@ class DataFile:
     first: int | None = None
     last: int | None = None
 
+    def may_overlap(self, interval: Interval) -> bool:
+        """Whether rows of the interval may be in it."""
+        before = self.last is not None and self.last < to_micros(interval.start)
+        return not (before or (self.first is not None and self.first >= to_micros(interval.end)))
+
+    def lies_within(self, interval: Interval) -> bool:
+        """Whether all its rows are known to be of the interval."""
+        if self.first is None or self.last is None:
+            return False
+        return to_micros(interval.start) <= self.first and self.last < to_micros(interval.end)
+
 
 @dataclass(frozen=True, slots=True)
 class Layout:
-    """How a version of a feature table lies: its number of buckets (a power of two) and its files."""
+    """How a version of a feature table lies: its number of buckets (a power of two) and its files.
+
+    ``takes_files``: files may be added without Delta's own writer, for no feature of the table asks more of one.
+    """
 
     buckets: int
     files: tuple[DataFile, ...]
+    takes_files: bool = False
+
+    def touching(self, interval: Interval) -> tuple[DataFile, ...]:
+        """The files that may hold rows of the interval, by path."""
+        return tuple(sorted((file for file in self.files if file.may_overlap(interval)), key=lambda file: file.path))
 
 
 def read_layout(path: str, version: int | None = None) -> tuple[int | None, Layout | None, str]:
@@ -55,7 +76,8 @@ def read_layout(path: str, version: int | None = None) -> tuple[int | None, Layo
             why = f"the table uses {', '.join(sorted(unknown)) or 'column mapping'}, which only Delta Lake itself reads"
             return found, None, why
         bucket = next(field for field in table.schema().fields if field.name == "_bucket")
-        return found, Layout(int(bucket.metadata["buckets"]), _files(table, path)), ""
+        takes_files = protocol.min_writer_version <= _PLAIN_WRITER
+        return found, Layout(int(bucket.metadata["buckets"]), _files(table, path), takes_files), ""
     except (DeltaError, OSError, ValueError, NotImplementedError) as error:
         scheme = path.partition("://")[0] if "://" in path else "file"
         return found, None, f"files by {scheme}:// cannot be opened without Spark: {next(iter(str(error).splitlines()), '')}"

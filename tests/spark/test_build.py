@@ -207,6 +207,7 @@ def test_the_layout_is_what_every_reader_relies_on(spark: SparkSession, tmp_path
         "view": "prices@1",
         "build": 1,
         "interval": ["beginning", "2024-01-01T10:00:00Z"],
+        "in_order": True,
     }
 
 

@@ -103,10 +103,8 @@ def build(table: FeatureTable, rows: list[dict[str, Any]], day: int, number: int
     types = {column.name: column.type.spark for column in (*table.view.keys, *table.view.features)}
     features = frame(table.spark, rows, {**types, EVENT: "timestamp", CREATED: "timestamp"})
     table.create(buckets)
-    settled = settle(table.view, features, table.buckets()).withColumn("_build", F.lit(number))
-    columns = [*table.view.key_names, EVENT, CREATED, *table.view.feature_names, "_build", "_bucket"]
-    start = START + day * DAY
-    table.replace(settled.select(*columns), Interval(start, start + DAY), number, {"build": number})
+    start, columns = START + day * DAY, [*table.view.key_names, EVENT, CREATED, *table.view.feature_names]
+    table.replace(features.select(*columns), Interval(start, start + DAY), number)
 
 
 def row(id_: int, day: int, hour: int, value: int, **more: Any) -> dict[str, Any]:

@@ -5,23 +5,23 @@ from __future__ import annotations
 import pytest
 
 from spark_fs.build import choose_buckets, plan_rewrite
-from spark_fs.offline.tables import Commit, Rewrite, builds_since, can_be_read_in_place, files_are_sorted
+from spark_fs.offline.table_log import Commit, Rewrite, builds_since, can_be_read_in_place, files_are_sorted
 
 
 def log(*operations: tuple, first: int = 0) -> list[Commit]:
-    """A log, newest first, of commits given oldest first, each as (operation, build, rows copied, rewrite)."""
+    """A log, newest first, of commits given oldest first, each as (operation, build, whether in order, rewrite)."""
     return [Commit(first + n, *fields) for n, fields in enumerate(operations)][::-1]
 
 
 CREATED, COMPACTED, VACUUMED = ("CREATE TABLE", None), ("OPTIMIZE", None), ("VACUUM END", None)
 
 
-def built(number: int, copied_rows: int | None = 0) -> tuple:
-    return ("WRITE", number, copied_rows)
+def built(number: int, *, in_order: bool = True) -> tuple:
+    return ("WRITE", number, in_order)
 
 
 def rewritten(read_version: int) -> tuple:
-    return ("WRITE", None, None, Rewrite(read_version, 4, (0, 1)))
+    return ("WRITE", None, True, Rewrite(read_version, 4, (0, 1)))
 
 
 def test_the_builds_after_a_version_are_new():
@@ -104,8 +104,7 @@ def test_an_upkeep_gives_nothing_to_publish():
     ("commits", "known"),
     [
         (log(CREATED, built(1), built(2)), True),
-        (log(CREATED, built(1), built(2, copied_rows=7)), False),
-        (log(CREATED, built(1, copied_rows=None)), False),
+        (log(CREATED, built(1), built(2, in_order=False)), False),
         (log(CREATED, built(1), COMPACTED), False),
         (log(CREATED, built(1), ("DELETE", None)), False),
         (log(built(8), built(9), first=8), False),
@@ -116,7 +115,7 @@ def test_an_upkeep_gives_nothing_to_publish():
         (log(built(8), rewritten(6), first=8), False),
     ],
     ids=[
-        "builds", "rows taken over", "not told", "compacted", "foreign change", "cleaned up", "upkeep, then a build",
+        "builds", "one not in order", "compacted", "foreign change", "cleaned up", "upkeep, then a build",
         "compacted beside upkeep", "two upkeeps", "cleaned up before the upkeep", "cleaned up since the upkeep began",
     ],
 )  # fmt: skip
