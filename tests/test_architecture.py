@@ -23,7 +23,7 @@ ORDER = [
     "jars", "session",
     "offline.files", "offline.sources", "offline.compute", "offline.layout", "offline.blocks", "offline.bucket_files",
     "offline.table_log", "offline.transaction", "offline.tables", "offline.placement", "offline.asof_plan",
-    "offline.colocated", "offline.asof",
+    "offline.colocated", "offline.spine_stats", "offline.asof",
     "offline.spines", "offline.datasets",
     "online.codec", "online.encode", "online.redis_store", "online.executor", "online.server", "online.read",
     "doctor", "build", "materialize", "store", "console", "submit", "template",

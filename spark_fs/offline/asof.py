@@ -9,97 +9,34 @@ created ≤ t. The winner has the greatest (event, created, row hash), null crea
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import replace
-from datetime import datetime, timedelta
+from collections.abc import Mapping, Sequence
+from datetime import timedelta
 from functools import reduce
 from itertools import islice
 from operator import and_, or_
 
+import pyarrow as pa
 from pyspark.errors import PySparkException
 from pyspark.sql import Column, DataFrame, SparkSession, Window
 from pyspark.sql import functions as F
 from pyspark.sql.pandas.types import to_arrow_schema, to_arrow_type
 from pyspark.sql.types import DataType, StructField, StructType
 
-from spark_fs.intervals import BEGINNING, UTC, from_micros, to_micros
+from spark_fs.intervals import to_micros
 from spark_fs.offline.asof_plan import AsofGroup, AsofPlan, AsofView, SpineStats, plan_asof
-from spark_fs.offline.colocated import NO_RESIDUE, PartitionJoin, Scan
+from spark_fs.offline.colocated import NO_RESIDUE, PackedJoin, PartitionJoin, Scan, pack
 from spark_fs.offline.compute import key_residue, row_hash
 from spark_fs.offline.layout import DataFile
-from spark_fs.offline.placement import RESIDUES, Placement
+from spark_fs.offline.placement import Placement
+from spark_fs.offline.spine_stats import SmallSpine, plainly_named, spine_stats
 
 __all__ = ["AsofGroup", "AsofPlan", "AsofView", "SpineStats", "asof_join", "execute", "plan_asof", "spine_stats"]
 
 _MICROSECOND = timedelta(microseconds=1)
-_LAST = datetime.max.replace(tzinfo=UTC)
 #: Types that Spark cannot hash; such columns take no part in the last tie-break of ``asof_join``.
 _UNHASHABLE = ("map<", "variant")
 #: At equal times feature rows come before spine rows: a feature row exactly at t is visible.
 _FEATURE_SIDE, _SPINE_SIDE = 0, 1
-
-
-def spine_stats(
-    spine: DataFrame,
-    time_column: str,
-    keys: Iterable[Sequence[str]] = (),
-    residues: Iterable[Sequence[str]] = (),
-) -> SpineStats:
-    """Count the spine, for ``plan_asof``: rows, range of times, and for tuples of key columns how their values are spread.
-
-    ``keys``: tuples whose distinct values are estimated, which a window join uses; ``residues``: tuples whose rows are counted
-    by the checksum of their values, which a colocated join uses. One Spark job, a second where both are asked; no other
-    function here starts one. The spine is evaluated here and again by the join; what is pruned rests on both giving the same
-    rows: persist a spine that does not (a sample, a LIMIT, rand()).
-    """
-    tuples = list(dict.fromkeys(tuple(names) for names in residues if names))
-    distinct = sorted({tuple(sorted(names)) for names in keys if names})
-    if not tuples:
-        return _counted(spine, time_column, distinct)
-    stats = _counted_by_residue(spine, time_column, tuples)
-    return replace(stats, distinct_keys=_counted(spine, time_column, distinct).distinct_keys) if distinct else stats
-
-
-def _counted(spine: DataFrame, time_column: str, tuples: Sequence[tuple[str, ...]]) -> SpineStats:
-    plain, at = _plain(spine)
-    time = F.col(at[time_column])
-    counted = [F.count_if(time.isNull()), F.min(F.unix_micros(time)), F.max(F.unix_micros(time))]
-    for names in tuples:
-        columns = [F.col(at[name]) for name in names]
-        present = reduce(and_, (column.isNotNull() for column in columns))
-        counted.append(F.approx_count_distinct(F.when(present, F.xxhash64(*columns))))
-    row = plain.agg(F.count(F.lit(1)), *counted).first()
-    assert row is not None  # an aggregate without groups always gives one row
-    rows, null_times, first, last, *distinct = row
-    return SpineStats(rows, null_times, _instant(first), _instant(last), dict(zip(tuples, distinct, strict=True)))
-
-
-def _counted_by_residue(spine: DataFrame, time_column: str, tuples: Sequence[tuple[str, ...]]) -> SpineStats:
-    plain, at = _plain(spine)
-    types, time = dict(spine.dtypes), F.col(at[time_column])
-    each = [key_residue([(F.col(at[name]), types[name]) for name in names], RESIDUES) for names in tuples]
-    # Each row once per tuple; times are taken from the first alone. One tuple, the usual case, needs no rows multiplied.
-    several = F.posexplode(F.array(*each)).alias("tuple", "residue")
-    spread = plain.select(
-        F.unix_micros(time).alias("time"),
-        *([several] if len(tuples) > 1 else [F.lit(0).alias("tuple"), each[0].alias("residue")]),
-    )
-    counts = (F.count(F.lit(1)), F.count("time"), F.min("time"), F.max("time"))
-    found = spread.groupBy("tuple", "residue").agg(*counts).collect()
-    by_tuple = [[0] * RESIDUES for _ in tuples]
-    for number, residue, rows, *_ in found:
-        if residue is not None:
-            by_tuple[number][residue] = rows
-    firsts = [row for row in found if row[0] == 0]
-    timed = [(first, last) for *_, first, last in firsts if first is not None]
-    total = sum(row[2] for row in firsts)
-    return SpineStats(
-        rows=total,
-        null_times=total - sum(row[3] for row in firsts),
-        first=_instant(min(first for first, _ in timed)) if timed else None,
-        last=_instant(max(last for _, last in timed)) if timed else None,
-        residues={names: tuple(counted) for names, counted in zip(tuples, by_tuple, strict=True)},
-    )
 
 
 def why_not_arrow(spine: DataFrame) -> str:
@@ -109,11 +46,6 @@ def why_not_arrow(spine: DataFrame) -> str:
     except Exception as error:  # noqa: BLE001  # pyspark raises several kinds, by the type of column
         return f"the spine has a column that Arrow does not know: {next(iter(str(error).splitlines()), '')}"
     return ""
-
-
-def _instant(micros: int | None) -> datetime | None:
-    """The instant, or the nearest that Python has where Spark's years go further."""
-    return None if micros is None else from_micros(min(max(micros, to_micros(BEGINNING)), to_micros(_LAST)))
 
 
 def parallelism(spark: SparkSession) -> int:
@@ -131,20 +63,24 @@ def native_asof_note(spark: SparkSession) -> tuple[str, ...]:
     return () if found is None else (f"This Spark has a sort-merge as-of join of its own ({setting}={found}); it is not used.",)
 
 
-def execute(plan: AsofPlan, spine: DataFrame, frames: Mapping[str, DataFrame]) -> DataFrame:
+def execute(plan: AsofPlan, spine: DataFrame, frames: Mapping[str, DataFrame], small: SmallSpine | None = None) -> DataFrame:
     """The spine's columns, untouched and in order, then the features in the order asked for; one row per spine row.
 
-    ``frames`` has the feature rows of each view by its name. Lazy: no job, no caching, no settings changed. Rows come
-    in no particular order. A spine row with a null key or time, or without a visible feature row, gets nulls; feature
-    rows with a null key or time match nothing. All rows of one key pass through one task.
+    ``frames`` has the feature rows of each view by its name; ``small`` the spine's rows, if the plan was made for that. Lazy:
+    no job, no caching, no settings changed. Rows come in no particular order. A spine row with a null key or time, or without
+    a visible feature row, gets nulls; feature rows with a null key or time match nothing. All rows of one key pass through one
+    task.
     """
     joined = spine
     for group in plan.groups:
-        joined = _EXECUTORS[group.strategy](plan, group, joined, spine, frames)
+        if group.strategy == "window":
+            joined = _window(plan, group, joined, spine, frames)
+        else:
+            joined = _colocated(plan, group, joined, small if group.packed else None)
     names = (*plan.spine_columns, *plan.outputs)
     if joined.columns == list(names):
         return joined
-    plain, at = _plain(joined)
+    plain, at = plainly_named(joined)
     return plain.select(*(F.col(at[name]).alias(name, metadata=joined.schema[name].metadata) for name in names))
 
 
@@ -197,7 +133,7 @@ def _window(
 
     Each row is narrow: keys, time, side, and one struct that holds the spine row or one view's values.
     """
-    plain, at = _plain(joined)
+    plain, at = plainly_named(joined)
     features = [_feature_rows(plan, group, index, frames, spine) for index in range(len(group.views))]
     rows = reduce(
         lambda left, right: left.unionByName(right, allowMissingColumns=True),
@@ -240,7 +176,7 @@ def _spine_rows(plan: AsofPlan, group: AsofGroup, plain: DataFrame, at: Mapping[
 
 def _feature_rows(plan: AsofPlan, group: AsofGroup, index: int, frames: Mapping[str, DataFrame], spine: DataFrame) -> DataFrame:
     view = group.views[index]
-    plain, at = _plain(frames[view.name])
+    plain, at = plainly_named(frames[view.name])
     event = F.col(at[view.event_time])
     created = None if view.created_time is None else F.col(at[view.created_time])
     keys = [F.col(at[feature_key]).cast(type_) for (_, feature_key), (_, type_) in zip(view.keys, group.keys, strict=True)]
@@ -278,7 +214,7 @@ def _possible(plan: AsofPlan, view: AsofView, event: Column, created: Column | N
 
 def _spine_keys(group: AsofGroup, spine: DataFrame) -> DataFrame:
     """The spine's distinct keys; from the spine itself, so that no earlier group's join is computed twice."""
-    plain, at = _plain(spine)
+    plain, at = plainly_named(spine)
     keys = [F.col(at[name]).cast(type_).alias(key) for (name, type_), key in zip(group.keys, _key_names(group), strict=True)]
     return plain.select(*keys).dropna().distinct()
 
@@ -309,25 +245,9 @@ def _key_names(group: AsofGroup) -> list[str]:
     return [f"key{position}" for position in range(len(group.keys))]
 
 
-def _plain(frame: DataFrame) -> tuple[DataFrame, dict[str, str]]:
-    """The frame with names of our own and the map to them, so that no user's name needs quoting or can clash.
-
-    Our names sort as the user's do, for the row hash goes by name order.
-    """
-    at = {name: f"c{rank:06}" for rank, name in enumerate(sorted(set(frame.columns)))}
-    return frame.toDF(*(at[name] for name in frame.columns)), at
-
-
-def _colocated(
-    plan: AsofPlan, group: AsofGroup, joined: DataFrame, spine: DataFrame, frames: Mapping[str, DataFrame]
-) -> DataFrame:
+def _colocated(plan: AsofPlan, group: AsofGroup, joined: DataFrame, small: SmallSpine | None) -> DataFrame:
     """All views of the group by one function over Arrow batches, which reads the views' files itself."""
-    del spine, frames  # feature rows are not touched by Spark
-    plain, at = _plain(joined)
-    moved, modulus = plain.withColumn("residue", F.lit(0)), 1
-    if group.placement is not None:
-        keys = [(F.col(at[name]), dict(joined.dtypes)[name]) for name, _ in group.keys]
-        moved, modulus = _placed(plain, keys, F.col(at[plan.spine_time]), group.placement), group.placement.modulus
+    plain, at = plainly_named(joined)
     types = [dict(view.columns)[name] for view in group.views for name, _ in view.features]
     # Parsed by the JVM in one call, not one for each of many features.
     declared = DataType.fromDDL(", ".join(f"value{number} {type_}" for number, type_ in enumerate(types)) or "struct<>")
@@ -340,12 +260,30 @@ def _colocated(
         names=tuple(column.name for column in fields),
         time=at[plan.spine_time],
         residue="residue",
-        modulus=modulus,
+        modulus=group.placement.modulus if group.placement else 1,
         known_at=plan.known_at,
     )
-    found = moved.mapInArrow(join, StructType([*plain.schema.fields, *fields]))
+    schema = StructType([*plain.schema.fields, *fields])
+    if small is None:
+        keys = [(F.col(at[name]), dict(joined.dtypes)[name]) for name, _ in group.keys]
+        moved = plain.withColumn("residue", F.lit(0))
+        if group.placement is not None:
+            moved = _placed(plain, keys, F.col(at[plan.spine_time]), group.placement)
+        found = moved.mapInArrow(join, schema)
+    else:
+        found = _packed(joined.sparkSession, group, small).mapInArrow(PackedJoin(join), schema)
     # One call for all names: each column made from Python costs a millisecond. Metadata of columns go with them.
     return found.toDF(*joined.columns, *(output for view in group.views for _, output in view.features))
+
+
+def _packed(spark: SparkSession, group: AsofGroup, small: SmallSpine) -> DataFrame:
+    """The rows of a small spine, packed by task."""
+    assert group.placement is not None
+    tables, count = small.by_task(tuple(name for name, _ in group.keys), group.placement), group.placement.count
+    # Spark cuts these few rows into runs of equal length, one for each place: in each the tasks of falling cost.
+    places = min(parallelism(spark), count)
+    order = [task for place in range(places) for task in range(place, count, places)]
+    return spark.createDataFrame(pa.table({"packed": pa.array([pack(tables[task]) for task in order], pa.binary())}))
 
 
 def _placed(plain: DataFrame, keys: Sequence[tuple[Column, str]], time: Column, placement: Placement) -> DataFrame:
@@ -380,10 +318,3 @@ def _scan(view: AsofView, files: Sequence[DataFile], fields: Sequence[StructFiel
         buckets=view.layout.buckets,
         files={bucket: tuple(found) for bucket, found in by_bucket.items()},
     )
-
-
-#: How a group of each strategy is joined: (plan, group, rows so far, spine, frames) → those rows with its features.
-_EXECUTORS: Mapping[str, Callable[[AsofPlan, AsofGroup, DataFrame, DataFrame, Mapping[str, DataFrame]], DataFrame]] = {
-    "window": _window,
-    "colocated": _colocated,
-}

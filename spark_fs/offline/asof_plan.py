@@ -88,7 +88,8 @@ class AsofGroup:
     ``keys`` pairs (spine column, Spark type in which keys are compared), in the order in which each view has its keys; views
     without keys may be among those of a colocated group. ``reasons`` says for each view why this strategy. ``files`` has for
     each view those left after pruning. ``semi_join``: feature rows whose keys the spine does not have are dropped before the
-    shuffle. ``placement``: where a colocated join sends the spine's rows; None: they stay.
+    shuffle. ``placement``: where a colocated join sends the spine's rows; None: they stay. ``packed``: the
+    driver sends them, for the spine is small and already there.
     """
 
     keys: tuple[tuple[str, str], ...]
@@ -99,11 +100,12 @@ class AsofGroup:
     semi_join: bool = False
     semi_join_reason: str = ""
     placement: Placement | None = None
+    packed: bool = False
 
     @property
     def shuffles(self) -> int:
         """How often the spine is shuffled for this group."""
-        return 1 if self.strategy == "window" or self.placement else 0
+        return 1 if self.strategy == "window" or (self.placement and not self.packed) else 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -154,6 +156,7 @@ class AsofPlan:
             "strategy": group.strategy,
             "shuffles": group.shuffles,
             "tasks": group.placement.count if group.placement else None,
+            "packed": group.packed,
             "semi_join": group.semi_join,
             "semi_join_reason": group.semi_join_reason,
             "views": [
@@ -198,6 +201,8 @@ def _movement(group: Mapping[str, Any]) -> str:
     if group["strategy"] == "window":
         return f"one shuffle and one sort for {views}; feature rows: {group['semi_join_reason']}"
     moved = f"the spine moves once, to {group['tasks']} tasks" if group["shuffles"] else "nothing moves"
+    if group["packed"]:
+        moved = f"the spine is small: the driver has read it and sends it to {group['tasks']} tasks"
     return f"{moved}; the rows of {views} are read where they lie"
 
 
@@ -240,6 +245,7 @@ def plan_asof(
     strategy: str = "auto",
     spine_obstacle: str = "",
     parallelism: int = 2,
+    small_spine: bool = False,
     notes: Sequence[str] = (),
 ) -> AsofPlan:
     """Check the request and decide how to join. Starts no Spark job and needs no Spark.
@@ -249,7 +255,7 @@ def plan_asof(
 
     ``strategy``: ``window``, ``colocated`` or ``auto``, which is colocated for every view that has a ``layout`` and no
     ``obstacle``, unless ``spine_obstacle`` says why the spine's rows cannot pass through Arrow. ``parallelism``: how many tasks
-    run at a time. ``notes`` are lines for ``explain``.
+    run at a time. ``small_spine``: the driver has the spine's rows. ``notes`` are lines for ``explain``.
 
     Raises InvalidError with all problems at once: SFS-503 an output name is taken (case does not tell names apart),
     SFS-504 a column is missing or there twice, SFS-505 key types that cannot be compared exactly, SFS-506 a time column
@@ -281,6 +287,9 @@ def plan_asof(
         notes=tuple(notes),
     )
     groups = [_plan_group(plan, *group, grouped[group], dict(spine_columns), parallelism) for group in order]
+    # Rows come to the first step as the spine has them, to all others with what was joined before.
+    if small_spine and groups and groups[0].placement:
+        groups[0] = replace(groups[0], packed=True)
     return replace(plan, groups=tuple(groups))
 
 

@@ -158,6 +158,31 @@ class PartitionJoin:
         return match
 
 
+@dataclass(frozen=True, slots=True)
+class PackedJoin:
+    """The join of spine rows that come packed: one column of Arrow streams, a row for each task."""
+
+    join: PartitionJoin
+
+    def __call__(self, batches: Iterable[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
+        """Batches of packed rows → joined batches."""
+        return self.join(rows for batch in batches for packed in batch.column(0) for rows in _unpacked(packed.as_buffer()))
+
+
+def pack(rows: pa.Table) -> bytes:
+    """The rows as an Arrow stream."""
+    sink = pa.BufferOutputStream()
+    with pa.ipc.new_stream(sink, rows.schema) as stream:
+        stream.write_table(rows)
+    packed: bytes = sink.getvalue().to_pybytes()
+    return packed
+
+
+def _unpacked(packed: pa.Buffer) -> Iterator[pa.RecordBatch]:
+    with pa.ipc.open_stream(packed) as stream:
+        yield from stream
+
+
 class _TooLargeError(Exception):
     """The values of a portion of rows take more than a worker may hold."""
 

@@ -34,6 +34,7 @@ from spark_fs.offline.compute import Transform, acceptable, feature_frame, quote
 from spark_fs.offline.files import feature_table_path, write_text
 from spark_fs.offline.layout import Layout, read_layout
 from spark_fs.offline.sources import read_source, source_state
+from spark_fs.offline.spine_stats import SmallSpine, small_spine
 from spark_fs.offline.tables import FeatureTable, observed, read_dataset, write_dataset
 from spark_fs.registry import Registry
 from spark_fs.spec import Selection, ViewSpec, output_names
@@ -160,7 +161,7 @@ class RetrievalJob:
     def _joined(self) -> DataFrame:
         moved = {view.name for group in self.plan.groups if group.strategy == "window" for view in group.views}
         frames = {selection.alias: self._frame(selection) for selection in self._selections if selection.alias in moved}
-        return execute(self.plan, self._spine, frames)
+        return execute(self.plan, self._spine, frames, self._small)
 
     @cached_property
     def plan(self) -> AsofPlan:
@@ -185,6 +186,7 @@ class RetrievalJob:
             strategy=self._strategy,
             spine_obstacle=why_not_arrow(self._spine),
             parallelism=parallelism(self._store.spark),
+            small_spine=self._small is not None,
             notes=native_asof_note(self._store.spark),
         )
 
@@ -199,7 +201,17 @@ class RetrievalJob:
         return {selection.alias: self._store.registry.built(selection.view) for selection in self._selections}
 
     @cached_property
+    def _small(self) -> SmallSpine | None:
+        """The spine itself, where it is small and every view has a table that it may be joined with in place."""
+        if self._strategy == "window" or not all(self._built.values()) or why_not_arrow(self._spine):
+            return None
+        with translated():
+            return small_spine(self._spine, _TIME, [selection.spine_keys for selection in self._selections])
+
+    @cached_property
     def _stats(self) -> SpineStats:
+        if self._small is not None:
+            return self._small.stats
         built = [selection for selection in self._selections if self._built[selection.alias]]
         if self._strategy == "window":
             built = []

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import threading
 import zlib
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime, timedelta
@@ -21,6 +22,7 @@ from spark_fs import FeatureStore
 from spark_fs.errors import ConflictError, ExitCode, InvalidError, PartlyDoneError, SparkFSError
 from spark_fs.intervals import BEGINNING, UTC, Interval
 from spark_fs.offline.files import feature_table_path
+from spark_fs.offline.transaction import Transaction
 from spark_fs.online.codec import key_bytes
 from spark_fs.registry import Registry
 from spark_fs.spec import ViewSpec
@@ -416,3 +418,63 @@ def test_two_builds_of_one_interval_at_once_leave_each_row_once(spark: SparkSess
         assert error.problems[0].fix
     assert stored(store, "user_id", "amount") == [(user, float(user)) for user in range(20)]
     assert store.missing(end=at(2)) == {"spend@1": []}
+
+
+def test_two_builds_of_different_intervals_at_once_both_commit(
+    spark: SparkSession, store: FeatureStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """The later one's files are written once and committed after the other's: nobody has to run again."""
+    pay(tmp_path, [(user, hour, hour, float(user)) for user in range(20) for hour in (0, 1, 2)])
+    store.build(end=at(1))
+    other, commit, left = FeatureStore(tmp_path, "test", spark=spark), Transaction.commit, [1]
+
+    def patched(self: Transaction, *arguments: Any) -> int:
+        if left[0]:
+            left[0] = 0
+            other.build(start=at(2), end=at(3))
+        return commit(self, *arguments)
+
+    monkeypatch.setattr(Transaction, "commit", patched)
+    [result] = store.build(start=at(1), end=at(2))
+    table = DeltaTable(table_path(store))
+    assert (result.rows_written, result.table_version, table.version()) == (20, 3, 3)
+    assert Counter(stored(store, "event_timestamp", "_build")) == {(0, 1): 20, (1, 2): 20, (2, 3): 20}
+    assert len(list(Path(table_path(store)).rglob("*.parquet"))) == len(table.file_uris())
+    assert store.missing(end=at(3)) == {"spend@1": []}
+
+
+def test_a_table_that_asks_more_of_a_writer_is_left_to_delta(spark: SparkSession, store: FeatureStore, tmp_path: Path):
+    """With a constraint on the table Delta's own writer writes, and checks it; rows, ties and counts are the same."""
+    rows = [(user, hour, hour, float(x)) for user in range(5) for hour in (0, 1, 2) for x in range(4)]
+    pay(tmp_path, rows)
+    [before] = store.build(end=at(3))
+    assert before.why_delta is None
+    columns = ["user_id", "event_timestamp", "created_timestamp", "amount"]
+    expected = stored(store, *columns)
+    table = spark.read.format("delta").load(table_path(store))
+    assert table.count() == 15
+    spark.sql(f"ALTER TABLE delta.`{table_path(store)}` ADD CONSTRAINT small CHECK (amount < 10)")
+    [again] = store.build(start=at(1), end=at(3))
+    assert again.why_delta
+    assert (again.rows_written, again.ties_dropped, again.rows_read) == (10, 30, 60)
+    assert stored(store, *columns) == expected
+    assert "why_delta" not in again.to_row()
+    pay(tmp_path, [(1, 1, 1, 99.0)])
+    with pytest.raises(SparkFSError, match="constraint"):
+        store.build(start=at(1), end=at(3))
+    assert stored(store, *columns) == expected
+
+
+def test_rows_are_found_by_their_exact_times(spark: SparkSession, store: FeatureStore, tmp_path: Path):
+    """Delta skips files by the statistics that builds write: no row of a microsecond's time is lost by that, in any reader."""
+    instants = [0, 1, 999, 1_000, 1_001, 999_999, 3_600_000_000 - 1]
+    pay(tmp_path, [(n, micros / 3_600_000_000, None, 1.0) for n, micros in enumerate(instants)])
+    store.build(end=at(1))
+    table = spark.read.format("delta").load(table_path(store))
+    frame = polars.scan_delta(table_path(store))
+    for n, micros in enumerate(instants):
+        instant = START + timedelta(microseconds=micros)
+        literal = f"timestamp_micros({int(instant.timestamp()) * 1_000_000 + instant.microsecond})"
+        assert [row["user_id"] for row in table.where(f"event_timestamp = {literal}").collect()] == [n]
+        assert [row["event_timestamp"] for row in table.where(f"user_id = {n}").collect()] == [instant.replace(tzinfo=None)]
+        assert frame.filter(polars.col("event_timestamp") == instant).collect()["user_id"].to_list() == [n]

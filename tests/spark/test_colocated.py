@@ -16,8 +16,11 @@ from pyspark.sql import functions as F
 from spark_fs.errors import InvalidError
 from spark_fs.intervals import Interval
 from spark_fs.offline.asof import AsofView, execute, plan_asof, spine_stats, why_not_arrow
+from spark_fs.offline.colocated import NO_RESIDUE
 from spark_fs.offline.compute import acceptable, settle
 from spark_fs.offline.layout import DataFile, Layout, read_layout
+from spark_fs.offline.placement import Placement
+from spark_fs.offline.spine_stats import small_spine
 from spark_fs.offline.tables import FeatureTable
 from spark_fs.spec import Column, SourceSpec, ViewSpec
 from spark_fs.types import Float64, Int32, Int64, String
@@ -52,9 +55,12 @@ def written(features: DataFrame, keys: Sequence[str], folder: Path, buckets: int
     return Layout(buckets, tuple(files))
 
 
-@pytest.fixture(scope="module")
-def colocated(spark: SparkSession, tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """A join with the signature of ``asof_join`` that goes by files; the checker of the contract takes it as it is."""
+@pytest.fixture(scope="module", params=["moved", "packed"])
+def colocated(request: pytest.FixtureRequest, spark: SparkSession, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """A join with the signature of ``asof_join`` that goes by files; the checker of the contract takes it as it is.
+
+    The spine is shuffled, or sent by the driver.
+    """
     number = iter(range(10_000))
 
     def join(spine: DataFrame, features: DataFrame, on: Sequence[str], **arguments: Any) -> DataFrame:
@@ -71,8 +77,21 @@ def colocated(spark: SparkSession, tmp_path_factory: pytest.TempPathFactory) -> 
             layout=written(features, on, folder, 4),
         )
         known_at = arguments.get("known_at", False)
-        plan = plan_asof([view], spine.dtypes, known_at=known_at, strategy="colocated", parallelism=2)
-        return execute(plan, spine, {})
+        small = None
+        if request.param == "packed" and on:
+            small = small_spine(spark.createDataFrame(spine.toArrow()), EVENT, [on])
+            assert small is not None
+        plan = plan_asof(
+            [view],
+            spine.dtypes,
+            stats=small.stats if small else None,
+            known_at=known_at,
+            strategy="colocated",
+            parallelism=2,
+            small_spine=small is not None,
+        )
+        assert plan.groups[0].packed is (small is not None)
+        return execute(plan, spine, {}, small)
 
     return join
 
@@ -276,3 +295,51 @@ def test_bounds_of_files_hold_microseconds(spark: SparkSession, tmp_path: Path) 
     for ttl in (None, timedelta(microseconds=1)):
         plan = plan_asof([view_of(made, ttl=ttl)], spine.dtypes, stats=spine_stats(spine, EVENT, residues=[("id",)]))
         assert [value for *_, value in sorted(map(tuple, execute(plan, spine, {}).collect()), key=str)].count(5) == 2
+
+
+# ---- a small spine, read by the driver
+
+
+def test_a_small_spine_is_read_once_and_counted_as_in_a_job(spark: SparkSession) -> None:
+    """Rows, times, nulls and residues are those of the counting job, for several tuples of keys; also without any row."""
+    rows = [(n % 7 if n % 5 else None, str(n % 3), START + timedelta(hours=n) if n % 4 else None) for n in range(100)]
+    schema = f"id bigint, name string, {EVENT} timestamp"
+    tuples = [("id",), ("name", "id")]
+    for chosen in (rows, rows[:1], []):
+        spine = spark.createDataFrame(spark.createDataFrame(chosen, schema).toArrow())
+        small = small_spine(spine, EVENT, tuples)
+        assert small is not None
+        assert small.stats == spine_stats(spine, EVENT, residues=tuples)
+        for names in tuples:
+            placement = Placement(4, (1, 3, 1, 2), (2, 0, 1, 2, 2, 1, 0), 3)
+            tables = small.by_task(names, placement)
+            assert [table.num_rows for table in tables if table.num_rows > len(chosen)] == []
+            assert sum(table.num_rows for table in tables) == len(chosen)
+            allowed = {0: {2}, 1: {0, 1, 2}, 2: {2}, 3: {0, 1}, NO_RESIDUE: {0, 1, 2}}
+            found = [(residue, task) for task, table in enumerate(tables) for residue in table["residue"].to_pylist()]
+            assert all(task in allowed[residue] for residue, task in found)
+            if len(chosen) == len(rows):
+                assert len({task for residue, task in found if residue == NO_RESIDUE}) == 3
+
+
+def test_a_spine_that_is_not_small_is_left_where_it_is(spark: SparkSession) -> None:
+    """Rows multiplied, joined, of unknown size, large by the planner's word or in fact: the driver does not keep them."""
+    ids = spark.range(10).selectExpr("id", f"timestamp_micros(id) AS {EVENT}")
+    assert small_spine(ids, EVENT, [("id",)]) is not None
+    assert small_spine(ids.selectExpr("explode(sequence(0L, 1000L)) AS id", EVENT), EVENT, [("id",)]) is None
+    assert small_spine(ids.crossJoin(spark.range(3).toDF("n")), EVENT, [("id",)]) is None
+    assert small_spine(spark.createDataFrame(ids.rdd, ids.schema), EVENT, [("id",)]) is None
+    assert small_spine(spark.range(10**7).selectExpr("id", f"timestamp_micros(id) AS {EVENT}"), EVENT, [("id",)]) is None
+    wide = ids.selectExpr("id", EVENT, "repeat('x', 10000000) AS text")
+    assert small_spine(wide, EVENT, [("id",)]) is None
+
+
+def test_the_plan_says_who_moves_a_small_spine(table: FeatureTable, spark: SparkSession) -> None:
+    """No shuffle for the first step; what is joined after it moves as ever."""
+    views = [view_of(table), view_of(table, name="again", keys=(("other", "id"),), features=(("value", "again"),))]
+    spine = [("id", "bigint"), ("other", "bigint"), (EVENT, "timestamp")]
+    plan = plan_asof(views, spine, small_spine=True)
+    assert [(group.packed, group.shuffles) for group in plan.groups] == [(True, 0), (False, 1)]
+    assert "the driver has read it and sends it to 4 tasks" in str(plan)
+    assert plan.to_json()["shuffles"] == 1
+    assert not plan_asof([view_of(table, layout=None, obstacle="closed")], spine, small_spine=True).groups[0].packed
