@@ -20,7 +20,7 @@ import os
 import tempfile
 import uuid
 from bisect import bisect_left
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from datetime import datetime, timedelta
@@ -45,6 +45,8 @@ _BATCHES_OF_A_RUN = 64
 _GROUP_BYTES, _GROUP_ROWS = 128 << 20, 1 << 20
 #: A column goes by a dictionary if fewer than half of so many values differ.
 _SAMPLE = 10_000
+#: Numbers are compressed if that leaves less than this part of a sample.
+_WORTH_COMPRESSING = 0.9
 #: Longer texts are cut in statistics.
 _STATS_CHARACTERS = 32
 _EPOCH, _MILLISECOND = datetime(1970, 1, 1), 1000  # noqa: DTZ001  # formatted as UTC
@@ -92,7 +94,7 @@ class BucketWriter:
                         yield file
                         file = None
                     file = file or _File(self, bucket)
-                    file.write(piece.rows, piece.order[start:end])
+                    file.write(piece.rows, piece.order[start:end], is_all=piece.is_all)
                 if file is not None:
                     file.dropped += piece.dropped
             if file is not None:
@@ -111,7 +113,7 @@ class BucketWriter:
                 piece = self._piece(rows)
                 del rows  # a copy is in the piece
                 if not runs and not is_full:
-                    yield piece
+                    yield replace(piece, is_all=True)
                     return
                 folder = folder or at_end.enter_context(tempfile.TemporaryDirectory("-spark_fs", dir=_local_folder()))
                 runs.append(_Run(self, piece, f"{folder}/{len(runs)}"))
@@ -144,11 +146,15 @@ class BucketWriter:
 
 @dataclass(frozen=True, slots=True)
 class _Piece:
-    """Rows, the order in which they are to be written, and how many are not, for they lost a tie."""
+    """Rows, the order in which they are to be written, and how many are not, for they lost a tie.
+
+    ``is_all``: there are no other pieces.
+    """
 
     rows: pa.Table
     order: Integers
     dropped: int
+    is_all: bool = False
 
 
 class _Run:
@@ -196,7 +202,7 @@ class _File:
 
     def __init__(self, writer: BucketWriter, bucket: int) -> None:
         self.bucket, self.dropped = bucket, 0
-        self._columns = list(writer.columns)
+        self._columns, self._never_null = list(writer.columns), {*writer.keys, _EVENT}
         self._name = f"{_BUCKET}={bucket}/part-{uuid.uuid4()}.parquet"
         self._path = f"{writer.root}/{self._name}"
         self._compression, self._group_bytes = writer.compression, min(_GROUP_BYTES, writer.run_bytes // 4)
@@ -205,22 +211,29 @@ class _File:
         self._statistics = _Statistics(writer.indexed)
         self._size = 0
 
-    def write(self, rows: pa.Table, order: Integers) -> None:
-        """Append these rows in this order."""
+    def write(self, rows: pa.Table, order: Integers, *, is_all: bool) -> None:
+        """Append these rows in this order; ``is_all``: no others will follow."""
         rows = rows.select(self._columns)
         step = int(min(max(self._group_bytes / max(rows.nbytes / max(rows.num_rows, 1), 1), 1), _GROUP_ROWS))
         for start in range(0, len(order), step):
             group = rows.take(pa.array(order[start : start + step]))
             self._statistics.add(group)
             if self._parquet is None:
-                self._parquet = pq.ParquetWriter(
-                    self._sink,
-                    group.schema,
-                    compression=self._compression,
-                    use_dictionary=_repetitive(group),
-                    store_schema=False,  # types as Parquet has them, whatever Arrow's are here
-                )
-            self._parquet.write_table(group, row_group_size=step)
+                full = [name for name in rows.column_names if is_all and not rows[name].null_count]
+                self._parquet = self._begun(group, {*full, *self._never_null})
+            self._parquet.write_table(group.cast(self._parquet.schema), row_group_size=step)
+
+    def _begun(self, sample: pa.Table, without_null: Collection[str]) -> pq.ParquetWriter:
+        """The writer of the file; columns without nulls are read faster if the file says that they have none."""
+        schema = pa.schema([field.with_nullable(field.name not in without_null) for field in sample.schema])
+        repetitive = _repetitive(sample)
+        return pq.ParquetWriter(
+            self._sink,
+            schema,
+            compression={leaf: _codec(sample, name, leaf in repetitive, self._compression) for name, leaf in _leaves(schema)},
+            use_dictionary=repetitive,
+            store_schema=False,  # types as Parquet has them, whatever Arrow's are here
+        )
 
     def close(self) -> None:
         """Finish the file."""
@@ -369,16 +382,30 @@ def _equal_neighbours(order: Integers, *columns: Integers) -> Any:
     return equal
 
 
+def _leaves(schema: pa.Schema) -> Iterator[tuple[str, str]]:
+    """Each column with the path by which Parquet knows its values."""
+    for field_ in schema:
+        yield field_.name, f"{field_.name}.list.element" if pa.types.is_list(field_.type) else field_.name
+
+
 def _repetitive(rows: pa.Table) -> list[str]:
-    """The columns that a dictionary makes smaller, as paths to their leaves: texts, and by a sample all others but lists."""
+    """The columns that a dictionary makes smaller, as paths to their values: texts, and by a sample all others but lists."""
     sample, found = rows.slice(0, _SAMPLE), list[str]()
-    for name in rows.column_names:
+    for name, leaf in _leaves(rows.schema):
         type_ = rows.schema.field(name).type
         if pa.types.is_list(type_):
-            found += [f"{name}.list.element"] if _is_text(type_.value_type) else []
+            found += [leaf] if _is_text(type_.value_type) else []
         elif not pa.types.is_primitive(type_) or 2 * pc.count_distinct(sample[name]).as_py() < len(sample):
-            found.append(name)
+            found.append(leaf)
     return found
+
+
+def _codec(rows: pa.Table, name: str, is_repetitive: bool, codec: str) -> str:
+    """The compression of a column: none for numbers that it does not make smaller, which are read faster so."""
+    if is_repetitive or codec == "none" or not pa.types.is_primitive(rows.schema.field(name).type):
+        return codec
+    values = np.asarray(rows[name].slice(0, _SAMPLE).drop_null().combine_chunks().to_numpy(zero_copy_only=False)).tobytes()
+    return codec if len(pa.compress(values, codec=codec, asbytes=True)) < _WORTH_COMPRESSING * len(values) else "none"
 
 
 def _plain(scalar: pa.Scalar) -> Any:

@@ -138,7 +138,7 @@ class SmallSpine:
         # A residue with several shares may be cut anyhow, for every row is joined by itself; rows without key go anywhere.
         tasks = np.asarray(placement.tasks)[first[residues] + places % shares[residues]]
         tasks = np.where(residues >= 0, tasks, places % placement.count)
-        order = np.lexsort((residues, tasks))
+        order = np.argsort(tasks * (RESIDUES + 1) + residues)  # one number sorts faster than two
         rows = self.rows.append_column("residue", pa.array(residues)).take(pa.array(order)).combine_chunks()
         bounds = np.searchsorted(tasks[order], np.arange(placement.count + 1))
         return [rows.slice(start, end - start) for start, end in pairwise(bounds.tolist())]

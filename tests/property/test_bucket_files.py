@@ -147,7 +147,10 @@ def assert_statistics(stats: Row, rows: Sequence[Row], keys: Sequence[str]) -> N
 
 
 def test_a_file_is_typed_by_parquet_alone(tmp_path: Path) -> None:
-    """Instants are UTC whatever the session's zone; repeated values go by a dictionary, others do not."""
+    """Instants are UTC whatever the session's zone; repeated values go by a dictionary, others do not.
+
+    What does not get smaller is not compressed, and a column without nulls says so.
+    """
     rng = random.Random(1)
     keys = ["integers"]
     [file, *_] = written(writer_of(tmp_path, keys), batches_of(random_rows(rng, keys, 400), keys, 100))
@@ -158,7 +161,11 @@ def test_a_file_is_typed_by_parquet_alone(tmp_path: Path) -> None:
     by_dictionary = {group.column(n).path_in_schema for n in range(group.num_columns) if group.column(n).has_dictionary_page}
     assert {"integers", "note"} <= by_dictionary
     assert "value" not in by_dictionary
-    assert group.column(0).compression == "SNAPPY"
+    columns = {opened.schema.column(n).path: n for n in range(group.num_columns)}
+    codecs = {path: group.column(n).compression for path, n in columns.items()}
+    assert (codecs["integers"], codecs["note"], codecs["value"]) == ("SNAPPY", "SNAPPY", "UNCOMPRESSED")
+    may_be_null = {path for path, n in columns.items() if opened.schema.column(n).max_definition_level}
+    assert may_be_null == {"created_timestamp", "note", "list.list.element"}
 
 
 def test_instants_that_python_does_not_have_are_written(tmp_path: Path) -> None:
