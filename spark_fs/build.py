@@ -181,23 +181,11 @@ def build_interval(
 def _replace(
     table: FeatureTable, frame: DataFrame, interval: Interval, build: int, latest: datetime
 ) -> tuple[dict[str, Any], Replaced]:
-    """Put the frame's rows of the interval into the table: what was counted of the frame, and what the table says.
-
-    Once more where upkeep of the table came in between, which changes no rows.
-    """
-    view, measures = table.view, _counts(table.view, interval, latest)
-    for attempts_left in reversed(range(_ATTEMPTS)):
-        seen = Observation()
-        rows = frame.observe(seen, *measures).where(acceptable(view) & within(interval))
-        try:
-            done = table.replace(rows, interval, build)
-        except ConflictError:
-            # Two: Delta's own writer notices another number of buckets only after its commit.
-            if not attempts_left or not any(commit.rewrite for commit in table.commits()[:2]):
-                raise
-            continue
-        return observed(seen, frame, measures), done
-    raise AssertionError("unreachable: the last attempt returns or raises")
+    """Put the frame's rows of the interval into the table: what was counted of the frame, and what the table says."""
+    view, measures, seen = table.view, _counts(table.view, interval, latest), Observation()
+    rows = frame.observe(seen, *measures).where(acceptable(view) & within(interval))
+    done = table.replace(rows, interval, build)
+    return observed(seen, frame, measures), done
 
 
 def _counts(view: ViewSpec, interval: Interval, latest: datetime) -> list[Any]:

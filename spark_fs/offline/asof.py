@@ -280,10 +280,10 @@ def _packed(spark: SparkSession, group: AsofGroup, small: SmallSpine) -> DataFra
     """The rows of a small spine, packed by task."""
     assert group.placement is not None
     tables, count = small.by_task(tuple(name for name, _ in group.keys), group.placement), group.placement.count
-    # Spark cuts these few rows into runs of equal length, one for each place: in each the tasks of falling cost.
+    # A chunk for each place, so that Spark gives each a partition; tasks come by falling cost.
     places = min(parallelism(spark), count)
-    order = [task for place in range(places) for task in range(place, count, places)]
-    return spark.createDataFrame(pa.table({"packed": pa.array([pack(tables[task]) for task in order], pa.binary())}))
+    chunks = [[pack(tables[task]) for task in range(place, count, places)] for place in range(places)]
+    return spark.createDataFrame(pa.table({"packed": pa.chunked_array(chunks, pa.binary())}))
 
 
 def _placed(plain: DataFrame, keys: Sequence[tuple[Column, str]], time: Column, placement: Placement) -> DataFrame:

@@ -25,6 +25,9 @@ STRATEGIES = ("auto", "window", "colocated")
 #: The set then takes some 10 MB per executor; it costs a second pass over the spine's keys.
 BROADCAST_KEYS = 100_000
 
+#: The most tasks of a join whose spine the driver sends, in rounds of those that run at a time.
+_PACKED_ROUNDS = 4
+
 _INTEGERS = ("tinyint", "smallint", "int", "bigint")
 #: Types on which equality is exact. Floats (NaN, -0.0), collated strings and nested types are left out.
 _KEY_TYPES = frozenset({*_INTEGERS, "string", "binary", "boolean", "date", "timestamp", "timestamp_ntz"})
@@ -287,8 +290,9 @@ def plan_asof(
         notes=tuple(notes),
     )
     groups = [_plan_group(plan, *group, grouped[group], dict(spine_columns), parallelism) for group in order]
-    # Rows come to the first step as the spine has them, to all others with what was joined before.
-    if small_spine and groups and groups[0].placement:
+    # Rows come to the first step as the spine has them, to all others with what was joined before. What is packed has no more
+    # partitions than tasks run at a time now; a cluster that can grow is to see all tasks of a large join.
+    if small_spine and groups and groups[0].placement and groups[0].placement.count <= _PACKED_ROUNDS * parallelism:
         groups[0] = replace(groups[0], packed=True)
     return replace(plan, groups=tuple(groups))
 

@@ -20,7 +20,7 @@ import os
 import tempfile
 import uuid
 from bisect import bisect_left
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from datetime import datetime, timedelta
@@ -49,7 +49,7 @@ _SAMPLE = 10_000
 _WORTH_COMPRESSING = 0.9
 #: Longer texts are cut in statistics.
 _STATS_CHARACTERS = 32
-_EPOCH, _MILLISECOND = datetime(1970, 1, 1), 1000  # noqa: DTZ001  # formatted as UTC
+_EPOCH = datetime(1970, 1, 1)  # noqa: DTZ001  # formatted as UTC
 
 #: The place of a row in a table's order.
 Place = tuple[Any, ...]
@@ -61,8 +61,8 @@ class BucketWriter:
 
     Takes the columns of a file, ``_bucket``, and ``tie_break`` (int64; of rows with equal keys and times the one with the
     greatest stays). Keys and event times are not null. Files have ``columns``, in this order, below ``root``;
-    ``compression`` is a codec of Parquet; ``indexed`` names the columns with statistics. A file appears whole, under a name
-    of its own; what an attempt that failed has written belongs to no table.
+    ``compression`` is a codec of Parquet; ``indexed`` names the columns with statistics; ``metadata`` goes into each file. A
+    file appears whole, under a name of its own; what an attempt that failed has written belongs to no table.
 
     The worker takes about 250 MB + 6 × ``run_bytes``, and where a task's rows need several runs, 3 % of ``run_bytes`` for each.
     """
@@ -73,6 +73,7 @@ class BucketWriter:
     indexed: tuple[str, ...]
     tie_break: str
     compression: str = "snappy"
+    metadata: Mapping[str, str] = field(default_factory=dict)
     run_bytes: int = 128 << 20
 
     def __call__(self, batches: Iterable[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
@@ -205,6 +206,7 @@ class _File:
         self._columns, self._never_null = list(writer.columns), {*writer.keys, _EVENT}
         self._name = f"{_BUCKET}={bucket}/part-{uuid.uuid4()}.parquet"
         self._path = f"{writer.root}/{self._name}"
+        self._metadata = dict(writer.metadata)
         self._compression, self._group_bytes = writer.compression, min(_GROUP_BYTES, writer.run_bytes // 4)
         self._sink = create_file(self._path)
         self._parquet: pq.ParquetWriter | None = None
@@ -238,6 +240,8 @@ class _File:
     def close(self) -> None:
         """Finish the file."""
         assert self._parquet is not None  # a file is begun for rows that are there
+        if self._metadata:
+            self._parquet.add_key_value_metadata(self._metadata)
         self._parquet.close()
         self._size = self._sink.tell()
         self._sink.close()
@@ -317,17 +321,17 @@ def _is_text(type_: pa.DataType) -> bool:
 
 
 def _bound(value: Any, type_: pa.DataType, *, up: bool) -> Any:
-    """A bound as the log has it: long texts are cut, times are in whole milliseconds; None where it cannot be told."""
-    if _is_text(type_):
-        return None if up and len(value) > _STATS_CHARACTERS else value[:_STATS_CHARACTERS]
-    if not pa.types.is_temporal(type_):
+    """A bound as the log has it; long texts are cut, and None where it cannot be told."""
+    if not (pa.types.is_temporal(type_) or _is_text(type_)):
         return value
     try:
+        if _is_text(type_):
+            text = value.decode()
+            return None if up and len(text) > _STATS_CHARACTERS else text[:_STATS_CHARACTERS]
         if pa.types.is_date(type_):
             return (_EPOCH + timedelta(days=value)).date().isoformat()
-        millis = -(-value // _MILLISECOND) if up else value // _MILLISECOND
-        return (_EPOCH + timedelta(milliseconds=millis)).isoformat(timespec="milliseconds") + "Z"
-    except OverflowError:  # Spark's years go further than Python's
+        return (_EPOCH + timedelta(microseconds=value)).isoformat(timespec="microseconds") + "Z"
+    except (OverflowError, UnicodeDecodeError):  # Spark's years go further than Python's, and its texts may be any bytes
         return None
 
 
@@ -409,10 +413,15 @@ def _codec(rows: pa.Table, name: str, is_repetitive: bool, codec: str) -> str:
 
 
 def _plain(scalar: pa.Scalar) -> Any:
-    """The value; instants and days as numbers, for Spark's years go further than Python's."""
-    return scalar.value if pa.types.is_temporal(scalar.type) else scalar.as_py()
+    """The value; instants and days as numbers and texts as bytes, for Spark's go further than Python's. In the same order."""
+    if pa.types.is_temporal(scalar.type):
+        return scalar.value
+    if _is_text(scalar.type) and scalar.is_valid:
+        return scalar.as_buffer().to_pybytes()
+    return scalar.as_py()
 
 
 def _local_folder() -> str | None:
-    """Where Spark keeps what it spills; None: the system's folder for temporary files."""
-    return next((folder for folder in os.environ.get("SPARK_LOCAL_DIRS", "").split(",") if os.path.isdir(folder)), None)
+    """One of the folders where Spark keeps what it spills; None: the system's folder for temporary files."""
+    folders = [folder for folder in os.environ.get("SPARK_LOCAL_DIRS", "").split(",") if os.path.isdir(folder)]
+    return folders[os.getpid() % len(folders)] if folders else None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import re
 from contextlib import suppress
 from pathlib import PurePosixPath
 
@@ -13,6 +14,8 @@ from spark_fs.spec import ViewSpec
 
 #: Hadoop's names of S3, which Arrow does not know.
 _SCHEMES = {"s3a": "s3", "s3n": "s3"}
+#: URIs as Hadoop also takes them, such as file:/data.
+_ONE_SLASH = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:/")
 
 
 def feature_table_path(root: str, view: ViewSpec) -> str:
@@ -82,6 +85,8 @@ def check_readable(path: str) -> None:
 def _file_system(path: str) -> tuple[fs.FileSystem, str]:
     """The file system of a local path or URI, and the path inside it."""
     if "://" not in path:
+        if _ONE_SLASH.match(path):
+            raise ValueError(f"{path} is neither a path nor a URI with two slashes")
         return fs.LocalFileSystem(), path
     scheme, _, rest = path.partition("://")
     found, inner = fs.FileSystem.from_uri(f"{_SCHEMES.get(scheme, scheme)}://{rest}")

@@ -100,10 +100,18 @@ def _files(table: Any, path: str) -> tuple[DataFile, ...]:
             size,
             rows or 0,
             _micros(first),
-            None if last is None else _micros(last) + _CUT_MICROS,
+            _upper(last),
         )
         for file, bucket, size, rows, first, last in described
     )
+
+
+def _upper(last: datetime | None) -> int | None:
+    """The greatest time that a bound may stand for: Delta cuts it to milliseconds, our own files have it whole."""
+    if last is None:
+        return None
+    micros = to_micros(last)
+    return micros if micros % 1000 else micros + _CUT_MICROS
 
 
 def _micros(instant: datetime | None) -> Any:

@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+from pyspark.errors import PySparkException
 from pyspark.sql import DataFrame
 from pyspark.sql import functions as F
 
@@ -150,7 +151,8 @@ def small_spine(spine: DataFrame, time_column: str, tuples: Iterable[Sequence[st
     Small is what Spark's planner gives at most 32 MB without joins and other nodes that multiply rows, and what takes at most
     64 MB in Arrow. Not so otherwise, or where the planner cannot tell: then mostly no job was run.
     """
-    if not _looks_small(spine):
+    # Without a bound on batches pyspark cannot send the rows to the tasks.
+    if int(spine.sparkSession.conf.get("spark.sql.execution.arrow.maxRecordsPerBatch") or 0) <= 0 or not _looks_small(spine):
         return None
     plain, at = plainly_named(spine)
     types, keys = dict(spine.dtypes), list(dict.fromkeys(tuple(names) for names in tuples if names))
@@ -181,7 +183,10 @@ def small_spine(spine: DataFrame, time_column: str, tuples: Iterable[Sequence[st
 
 
 def _looks_small(spine: DataFrame) -> bool:
-    plan = spine._jdf.queryExecution().optimizedPlan()
+    try:
+        plan = spine._jdf.queryExecution().optimizedPlan()
+    except PySparkException:  # Spark Connect shows no plan
+        return False
     return _has_same_rows(plan) and int(plan.stats().sizeInBytes()) <= _SMALL_BYTES
 
 

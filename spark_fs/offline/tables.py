@@ -44,6 +44,8 @@ _ARROW_CODECS = {name: name for name in ("snappy", "zstd", "gzip", "brotli")} | 
     "lz4": "lz4",
     "lz4_raw": "lz4",
 }
+#: The most that a batch of rows on its way to a Python worker may take, about.
+_MOST_BATCH_BYTES = 128 << 20
 #: How often a commit is tried that others come in the way of.
 _ATTEMPTS = 3
 #: The folder of a bucket's files.
@@ -136,15 +138,20 @@ class FeatureTable:
         """
         note = {"view": self.view.reference, "build": build, "interval": [text(interval.start), text(interval.end)]}
         stamped = rows.withColumn("_build", F.lit(build))
-        version, layout, why = read_layout(self.path)
-        if version is None or layout is None or not layout.takes_files:
-            return self._replace_by_delta(stamped, interval, note, why or "only Delta Lake itself may write to the table")
-        touched, written = layout.touching(interval), None
+        planned, written = None, None
         for attempts_left in reversed(range(_ATTEMPTS)):
+            version, layout, why = read_layout(self.path)
+            why = why or self._why_delta(layout)
+            concerned = (layout.buckets, layout.touching(interval)) if layout and not why else None
+            if concerned != planned:
+                planned, written = concerned, None
             try:
                 with translated():
+                    if version is None or layout is None or why:
+                        return self._replace_by_delta(stamped, interval, note, why)
                     transaction = Transaction(self.spark, self.path, version)
                     transaction.read_whole_table()
+                    touched = layout.touching(interval)
                     # Files are written once: of a table that changed elsewhere only the commit is tried again.
                     if written is None:
                         written = self._write_files(self._with_kept(stamped, interval, touched, transaction), layout)
@@ -153,11 +160,33 @@ class FeatureTable:
                     committed = transaction.commit({**note, "in_order": True}, _predicate(interval))
                 return Replaced(committed, sum(file["dropped"] for file in written))
             except ConflictError:
-                version, newest, _ = read_layout(self.path)
-                same = newest is not None and (newest.buckets, newest.touching(interval)) == (layout.buckets, touched)
-                if version is None or not (same and attempts_left):
+                if not attempts_left or self._changed_since(version, interval, build, planned):
                     raise
         raise AssertionError("unreachable: the last attempt returns or raises")
+
+    def _why_delta(self, layout: Layout | None) -> str:
+        """Why Delta's own writer has to write the files of a table with this layout, or an empty text."""
+        if layout is not None and not layout.takes_files:
+            return "the table uses Delta features that only Delta's own writer keeps to"
+        rows = int(self.spark.conf.get("spark.sql.execution.arrow.maxRecordsPerBatch") or 0)
+        most = int(self.spark.conf.get("spark.sql.execution.arrow.maxBytesPerBatch", None) or 2**31 - 1)
+        width = sum(4 * (column.type.length or 4) for column in (*self.view.keys, *self.view.features))
+        if most > _MOST_BATCH_BYTES and (rows <= 0 or rows * width > _MOST_BATCH_BYTES):
+            return "rows are too wide for Spark's Arrow batches: lower spark.sql.execution.arrow.maxRecordsPerBatch"
+        return ""
+
+    def _changed_since(
+        self, version: int | None, interval: Interval, build: int, planned: tuple[int, tuple[DataFile, ...]] | None
+    ) -> bool:
+        """Whether others have changed rows since the version, and not only far from the interval.
+
+        What was read from the source may be older than what they wrote.
+        """
+        _, newest, _ = read_layout(self.path)
+        if newest and planned == (newest.buckets, newest.touching(interval)):
+            return False
+        newer = [commit for commit in self.commits() if version is None or commit.version > version]
+        return any(commit.changes_rows and commit.build != build for commit in newer)
 
     def _with_kept(
         self, rows: DataFrame, interval: Interval, touched: Sequence[DataFile], transaction: Transaction
@@ -184,6 +213,8 @@ class FeatureTable:
             indexed=self._indexed,
             tie_break="_hash",
             compression=_ARROW_CODECS.get(codec, "snappy"),
+            # By this readers know that old dates are of the calendar of today.
+            metadata={"org.apache.spark.version": self.spark.version},
         )
         spread = placed.select(*map(quoted, columns), "_hash", "_bucket").repartitionById(buckets, F.col("_bucket"))
         return spread.mapInArrow(writer, SUMMARY).collect()
@@ -200,15 +231,14 @@ class FeatureTable:
         settled = settle(self.view, stamped.observe(given, *all_rows), buckets)
         columns = (*self.view.key_names, "event_timestamp", "created_timestamp", *self.view.feature_names, "_build", "_bucket")
         placed = settled.select(*map(quoted, columns))
-        with translated():
-            (
-                placed.observe(counts, *all_rows)
-                .write.format("delta")
-                .mode("overwrite")
-                .option("replaceWhere", _predicate(interval))
-                .option("userMetadata", json.dumps(dict(note)))
-                .save(self.path)
-            )
+        (
+            placed.observe(counts, *all_rows)
+            .write.format("delta")
+            .mode("overwrite")
+            .option("replaceWhere", _predicate(interval))
+            .option("userMetadata", json.dumps(dict(note)))
+            .save(self.path)
+        )
         if self.buckets() != buckets:
             # Redistributed between our look at the number and Delta's at the table: the rows lie in wrong buckets.
             raise ConflictError.of(

@@ -478,3 +478,63 @@ def test_rows_are_found_by_their_exact_times(spark: SparkSession, store: Feature
         assert [row["user_id"] for row in table.where(f"event_timestamp = {literal}").collect()] == [n]
         assert [row["event_timestamp"] for row in table.where(f"user_id = {n}").collect()] == [instant.replace(tzinfo=None)]
         assert frame.filter(polars.col("event_timestamp") == instant).collect()["user_id"].to_list() == [n]
+
+
+def test_a_build_that_lost_does_not_bring_older_rows_back(
+    spark: SparkSession, store: FeatureStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """Its source was read before the winner's: SFS-410, also right after an upkeep, and the newer rows stay."""
+    pay(tmp_path, [(user, 1, 1, 1.0) for user in range(20)])
+    store.build(end=at(1))
+    store.build(end=at(2))
+    store.optimize(buckets=4)
+    other, commit, left = FeatureStore(tmp_path, "test", spark=spark), Transaction.commit, [1]
+
+    def patched(self: Transaction, *arguments: Any) -> int:
+        if left[0]:
+            left[0] = 0
+            pay(tmp_path, [(user, 1, 1, 2.0) for user in range(20)])
+            other.build(start=at(1), end=at(2))
+        return commit(self, *arguments)
+
+    monkeypatch.setattr(Transaction, "commit", patched)
+    with pytest.raises(ConflictError, match="SFS-410"):
+        store.build(start=at(1), end=at(2))
+    assert set(stored(store, "amount")) == {(2.0,)}
+
+
+def test_rows_at_the_very_end_of_an_interval_are_left_alone_by_the_next(store: FeatureStore, tmp_path: Path):
+    """A microsecond before the end: bounds in the log are exact, so the next build touches no older file."""
+    last = timedelta(microseconds=1) / timedelta(hours=1)
+    pay(tmp_path, [(user, hour - last, None, 1.0) for user in range(20) for hour in (1, 2, 3)])
+    files: set[str] = set()
+    for end in (1, 2, 3):
+        store.build(end=at(end))
+        now = set(DeltaTable(table_path(store)).file_uris())
+        assert files < now
+        files = now
+    assert len(stored(store, "user_id")) == 60
+
+
+def test_rows_too_wide_for_arrow_batches_are_left_to_delta(spark: SparkSession, tmp_path: Path):
+    """50,000 rows of 4096 floats would take 800 MB in one batch; in batches of fewer rows workers write them."""
+    definitions = """
+        user = Entity("user", [Field("user_id", Int64)])
+        raw = DeltaSource("raw", path="raw/payments", timestamp_field="ts")
+        faces = FeatureView("faces", user, [Field("face", Embedding(4096))], raw)
+    """
+    columns = {"user_id": pa.int64(), "ts": INSTANT, "face": pa.list_(pa.float32())}
+    write_delta(tmp_path / "raw" / "payments", columns, [(user, at(1), [float(user)] * 4096) for user in range(3)])
+    store = open_project(tmp_path, definitions, spark)
+    store.apply()
+    setting = "spark.sql.execution.arrow.maxRecordsPerBatch"
+    before = spark.conf.get(setting)
+    try:
+        for rows, by_delta in (("50000", True), ("0", True), ("2000", False)):
+            spark.conf.set(setting, rows)
+            [built] = store.build(start=at(0), end=at(2))
+            assert (built.rows_written, built.why_delta is not None) == (3, by_delta), rows
+            found = stored(store, "user_id", "face", view="faces")
+            assert [(user, len(face), face[-1]) for user, face in found] == [(n, 4096, float(n)) for n in range(3)]
+    finally:
+        spark.conf.set(setting, before)

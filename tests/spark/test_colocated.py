@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from datetime import datetime, timedelta, timezone
 from pathlib import Path
 from typing import Any
@@ -343,3 +344,32 @@ def test_the_plan_says_who_moves_a_small_spine(table: FeatureTable, spark: Spark
     assert "the driver has read it and sends it to 4 tasks" in str(plan)
     assert plan.to_json()["shuffles"] == 1
     assert not plan_asof([view_of(table, layout=None, obstacle="closed")], spine, small_spine=True).groups[0].packed
+
+
+@pytest.mark.parametrize("threshold", ["0", "48MB"])
+def test_packed_rows_are_spread_over_all_places(table: FeatureTable, spark: SparkSession, threshold: str) -> None:
+    """Whether Spark keeps them as rows or as Arrow batches."""
+    setting = "spark.sql.execution.arrow.localRelationThreshold"
+    before = spark.conf.get(setting)
+    spine = spark.range(100).selectExpr("id", f"timestamp_micros({NOON}L) + make_interval(0, 0, 0, 9) AS {EVENT}")
+    small = small_spine(spine, EVENT, [("id",)])
+    assert small is not None
+    plan = plan_asof([view_of(table)], spine.dtypes, stats=small.stats, small_spine=True, parallelism=2)
+    assert plan.groups[0].packed
+    try:
+        spark.conf.set(setting, threshold)
+        joined = execute(plan, spine, {}, small)
+        counts = [row["count"] for row in joined.groupBy(F.spark_partition_id()).count().collect()]
+    finally:
+        spark.conf.set(setting, before)
+    assert (len(counts), sum(counts)) == (2, 100)
+
+
+def test_a_join_of_many_tasks_is_not_sent_by_the_driver(table: FeatureTable) -> None:
+    """A cluster that starts small is to see them all."""
+    view = view_of(table)
+    assert view.layout is not None
+    huge = tuple(replace(file, size_bytes=8 << 30) for file in view.layout.files)
+    plan = plan_asof([replace(view, layout=replace(view.layout, files=huge))], [("id", "bigint"), (EVENT, "timestamp")],
+                     small_spine=True, parallelism=2)  # fmt: skip
+    assert (plan.groups[0].packed, plan.groups[0].shuffles) == (False, 1)
