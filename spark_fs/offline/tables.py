@@ -7,7 +7,7 @@ import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, cast
 
 from delta.tables import DeltaTable
 from py4j.protocol import Py4JJavaError
@@ -169,7 +169,7 @@ class FeatureTable:
         if layout is not None and not layout.takes_files:
             return "the table uses Delta features that only Delta's own writer keeps to"
         rows = int(self.spark.conf.get("spark.sql.execution.arrow.maxRecordsPerBatch") or 0)
-        most = int(self.spark.conf.get("spark.sql.execution.arrow.maxBytesPerBatch", None) or 2**31 - 1)
+        most = _as_bytes(self.spark, self.spark.conf.get("spark.sql.execution.arrow.maxBytesPerBatch") or "0")
         width = sum(4 * (column.type.length or 4) for column in (*self.view.keys, *self.view.features))
         if most > _MOST_BATCH_BYTES and (rows <= 0 or rows * width > _MOST_BATCH_BYTES):
             return "rows are too wide for Spark's Arrow batches: lower spark.sql.execution.arrow.maxRecordsPerBatch"
@@ -288,6 +288,11 @@ class FeatureTable:
         order = [quoted(name) for name in (*self.view.key_names, "event_timestamp", "created_timestamp")]
         # Delta writes one file for each partition and bucket, and keeps an order that begins with the bucket.
         return rows.repartitionById(len(wanted.rewritten), position.cast("int")).sortWithinPartitions("_bucket", *order)
+
+
+def _as_bytes(spark: SparkSession, setting: str) -> int:
+    """A size as Spark's settings have it, such as 64MB."""
+    return int(cast("Any", spark._jvm).org.apache.spark.network.util.JavaUtils.byteStringAsBytes(setting))
 
 
 def _predicate(interval: Interval) -> str:

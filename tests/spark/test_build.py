@@ -527,14 +527,21 @@ def test_rows_too_wide_for_arrow_batches_are_left_to_delta(spark: SparkSession, 
     write_delta(tmp_path / "raw" / "payments", columns, [(user, at(1), [float(user)] * 4096) for user in range(3)])
     store = open_project(tmp_path, definitions, spark)
     store.apply()
-    setting = "spark.sql.execution.arrow.maxRecordsPerBatch"
-    before = spark.conf.get(setting)
+    settings = [f"spark.sql.execution.arrow.max{unit}PerBatch" for unit in ("Records", "Bytes")]
+    before = [spark.conf.get(setting) for setting in settings]
     try:
-        for rows, by_delta in (("50000", True), ("0", True), ("2000", False)):
-            spark.conf.set(setting, rows)
+        for rows, size, by_delta in (
+            ("50000", "2147483647", True),
+            ("0", "2147483647", True),
+            ("2000", "2147483647", False),
+            ("50000", "64MB", False),
+        ):
+            for setting, value in zip(settings, (rows, size), strict=True):
+                spark.conf.set(setting, value)
             [built] = store.build(start=at(0), end=at(2))
-            assert (built.rows_written, built.why_delta is not None) == (3, by_delta), rows
+            assert (built.rows_written, built.why_delta is not None) == (3, by_delta), (rows, size)
             found = stored(store, "user_id", "face", view="faces")
             assert [(user, len(face), face[-1]) for user, face in found] == [(n, 4096, float(n)) for n in range(3)]
     finally:
-        spark.conf.set(setting, before)
+        for setting, was in zip(settings, before, strict=True):
+            spark.conf.set(setting, was or "")
