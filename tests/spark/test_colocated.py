@@ -367,9 +367,8 @@ def test_packed_rows_are_spread_over_all_places(table: FeatureTable, spark: Spar
 
 def test_a_join_of_many_tasks_is_not_sent_by_the_driver(table: FeatureTable) -> None:
     """A cluster that starts small is to see them all."""
-    view = view_of(table)
-    assert view.layout is not None
-    huge = tuple(replace(file, size_bytes=8 << 30) for file in view.layout.files)
-    plan = plan_asof([replace(view, layout=replace(view.layout, files=huge))], [("id", "bigint"), (EVENT, "timestamp")],
-                     small_spine=True, parallelism=2)  # fmt: skip
-    assert (plan.groups[0].packed, plan.groups[0].shuffles) == (False, 1)
+    spine, view = [("id", "bigint"), (EVENT, "timestamp")], view_of(table)
+    for size, packed in ((1 << 20, True), (1 << 30, False)):
+        files = tuple(DataFile(f"{bucket}.parquet", bucket, size, 1000) for bucket in range(64))
+        plan = plan_asof([replace(view, layout=Layout(64, files))], spine, small_spine=True, parallelism=2)
+        assert (plan.groups[0].packed, plan.groups[0].shuffles) == (packed, 0 if packed else 1)
