@@ -5,7 +5,7 @@ Arrow and numpy, no Spark and no files; all rows at once, never one by one.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -229,6 +229,28 @@ def _by_visibility(visible: Integers, starts: Integers, ends: Integers) -> tuple
     run[ends] += 1
     order = np.lexsort((visible, np.cumsum(run)[:-1]))
     return visible[order], np.maximum.accumulate(order)
+
+
+def parts(batches: Iterable[pa.RecordBatch], part_bytes: int) -> Iterator[tuple[pa.Table, bool]]:
+    """The rows in tables of about so many bytes, and whether a table is full; only the last one may not be."""
+    gathered, size = list[pa.RecordBatch](), 0
+    for batch in batches:
+        if batch.num_rows:
+            gathered.append(batch)
+            size += batch.nbytes
+            del batch
+        if size >= part_bytes:
+            yield _drained(gathered), True
+            size = 0
+    if gathered:
+        yield _drained(gathered), False
+
+
+def _drained(batches: list[pa.RecordBatch]) -> pa.Table:
+    """The batches as a table, which alone holds them then."""
+    table = pa.Table.from_batches(batches)
+    batches.clear()
+    return table
 
 
 def bisect_right(values: Integers, wanted: Integers, low: Integers, high: Integers) -> Integers:

@@ -31,7 +31,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from spark_fs.offline.blocks import NEVER, Integers, as_integers, in_order, valid_mask
+from spark_fs.offline.blocks import NEVER, Integers, as_integers, in_order, parts, valid_mask
 from spark_fs.offline.files import create_file, delete_file
 
 #: What a task tells of each file, as Spark's DDL: ``path`` is relative to the table, ``stats`` is JSON as in Delta's log,
@@ -110,7 +110,7 @@ class BucketWriter:
         """All rows in order, in pieces that fit into memory; equal rows are in one piece."""
         with ExitStack() as at_end:
             folder, runs = "", list[_Run]()
-            for rows, is_full in _parts(batches, self.run_bytes):
+            for rows, is_full in parts(batches, self.run_bytes):
                 piece = self._piece(rows)
                 del rows  # a copy is in the piece
                 if not runs and not is_full:
@@ -333,28 +333,6 @@ def _bound(value: Any, type_: pa.DataType, *, up: bool) -> Any:
         return (_EPOCH + timedelta(microseconds=value)).isoformat(timespec="microseconds") + "Z"
     except (OverflowError, UnicodeDecodeError):  # Spark's years go further than Python's, and its texts may be any bytes
         return None
-
-
-def _parts(batches: Iterable[pa.RecordBatch], part_bytes: int) -> Iterator[tuple[pa.Table, bool]]:
-    """The rows in tables of about so many bytes, and whether a table is full; only the last one is not."""
-    gathered, size = list[pa.RecordBatch](), 0
-    for batch in batches:
-        if batch.num_rows:
-            gathered.append(batch)
-            size += batch.nbytes
-            del batch
-        if size >= part_bytes:
-            yield _drained(gathered), True
-            size = 0
-    if gathered:
-        yield _drained(gathered), False
-
-
-def _drained(batches: list[pa.RecordBatch]) -> pa.Table:
-    """The batches as a table, which alone holds them then."""
-    table = pa.Table.from_batches(batches)
-    batches.clear()
-    return table
 
 
 def _numbered(columns: Sequence[pa.ChunkedArray]) -> Integers:

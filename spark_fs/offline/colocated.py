@@ -35,6 +35,7 @@ from spark_fs.offline.blocks import (
     in_order,
     is_integral,
     make_block,
+    parts,
     valid_mask,
 )
 from spark_fs.offline.files import open_file
@@ -106,7 +107,7 @@ class PartitionJoin:
     def __call__(self, batches: Iterable[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
         """Spine batches → joined batches, one row per spine row, in no particular order."""
         tied: set[int] = set()
-        for part in _parts(batches, self.limits.part_bytes):
+        for part, _ in parts(batches, self.limits.part_bytes):
             residues = as_integers(part[self.residue])
             rows = part.drop_columns([self.residue])
             if residues.min() == residues.max():
@@ -366,22 +367,6 @@ def _opened(path: str, **options: Any) -> pq.ParquetFile:
             where=path,
             fix="ask for the features again; if it stays so, rebuild the view's interval",
         ) from None
-
-
-def _parts(batches: Iterable[pa.RecordBatch], part_bytes: int) -> Iterator[pa.Table]:
-    """The spine rows in tables of about so many bytes."""
-    gathered: list[pa.RecordBatch] = []
-    size = 0
-    for batch in batches:
-        if not batch.num_rows:
-            continue
-        gathered.append(batch)
-        size += batch.nbytes
-        if size >= part_bytes:
-            yield pa.Table.from_batches(gathered)
-            gathered, size = [], 0
-    if gathered:
-        yield pa.Table.from_batches(gathered)
 
 
 def _widths(groups: Sequence[Any]) -> dict[str, float]:
