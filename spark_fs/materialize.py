@@ -12,6 +12,7 @@ from pyspark.sql import Column as SparkColumn
 from pyspark.sql import DataFrame, Observation, Window
 from pyspark.sql import functions as F
 
+from spark_fs.files import check_readable
 from spark_fs.intervals import Interval, text, to_micros
 from spark_fs.offline.compute import instant_literal, key_bytes, quoted, within
 from spark_fs.offline.table_log import builds_since, can_be_read_in_place
@@ -56,7 +57,7 @@ def materialize_view(
     """
     began, log = time.monotonic(), table.commits()
     version = log[0].version
-    if since is None and can_be_read_in_place(log):
+    if since is None and can_be_read_in_place(log) and _opens_without_spark(table.path):
         counts, rows_read = publish_files(table, version, target, interval)
     else:
         rows = table.read(version).where(within(interval))
@@ -78,10 +79,18 @@ def _new(builds: set[int] | None, since: Watermark) -> SparkColumn:
     return F.lit(True) if builds is None else F.col("_build").isin(sorted(builds)) | past_the_end
 
 
+def _opens_without_spark(path: str) -> bool:
+    try:
+        check_readable(path)
+    except (OSError, ValueError, NotImplementedError):
+        return False
+    return True
+
+
 def publish_files(table: FeatureTable, version: int, target: OnlineTarget, interval: Interval) -> tuple[WriteCounts, int]:
     """Publish each data file where it lies: no rows pass through the JVM and none are shuffled. Counts and rows read.
 
-    Only for tables of which ``can_be_read_in_place`` is true.
+    Only for tables of which ``can_be_read_in_place`` is true, at places that can be opened without Spark.
     """
     files = table.data_files(version)
     if not files:

@@ -241,7 +241,7 @@ class FeatureStore:
 
     def destroy(self, view: str, version: int | None = None) -> dict[str, Any]:
         """Delete the feature table and online values of a view version that is neither current nor used by a service."""
-        from spark_fs.offline.files import delete_folder, feature_table_path
+        from spark_fs.files import delete_folder, feature_table_path
         from spark_fs.online.codec import key_prefix
         from spark_fs.online.redis_store import delete_prefix
 

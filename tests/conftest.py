@@ -13,6 +13,7 @@ import pytest
 
 from spark_fs.errors import UnavailableError
 from spark_fs.jars import Jar, fetch, paths
+from tests.object_store import s3_server
 
 if TYPE_CHECKING:
     from pyspark.sql import SparkSession
@@ -80,6 +81,21 @@ def spark(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SparkSession]:
     session.sparkContext.setLogLevel("ERROR")  # warnings about tiny windows without keys bury a failure's text
     yield session
     session.stop()
+
+
+@pytest.fixture(scope="session")
+def s3_variables() -> Iterator[dict[str, str]]:
+    """The variables that lead to a server which speaks S3, with the bucket ``store``; one for the whole run."""
+    with s3_server("store") as variables:
+        yield variables
+
+
+@pytest.fixture
+def s3(s3_variables: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """A URI of the test's own in an object store, as Hadoop writes it."""
+    for name, value in s3_variables.items():
+        monkeypatch.setenv(name, value)
+    return f"s3a://store/{tmp_path.name}"
 
 
 @pytest.fixture

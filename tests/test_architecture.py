@@ -20,8 +20,8 @@ PACKAGE = ROOT / "spark_fs"
 #: Each module imports only what stands before it.
 ORDER = [
     "errors", "intervals", "types", "spec", "definitions", "config", "transformations", "repo", "registry", "plan",
-    "jars", "session",
-    "offline.files", "offline.sources", "offline.compute", "offline.layout", "offline.blocks", "offline.bucket_files",
+    "jars", "session", "files",
+    "offline.sources", "offline.compute", "offline.layout", "offline.blocks", "offline.bucket_files",
     "offline.table_log", "offline.transaction", "offline.tables", "offline.placement", "offline.asof_plan",
     "offline.colocated", "offline.spine_stats", "offline.asof",
     "offline.spines", "offline.datasets",

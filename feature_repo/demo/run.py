@@ -130,11 +130,11 @@ def _short(value: Any) -> str:
 
 def show_places(store: FeatureStore) -> None:
     """Print the folders, and how to go on."""
-    offline = Path(store.environment.offline_root) / store.project
+    offline = f"{store.environment.offline_root}/{store.project}"
     places = {
         "raw data": RAW,
-        "feature tables (Delta)": offline / "<view>" / "v1",
-        "training dataset (Delta)": offline / "_datasets" / DATASET,
+        "feature tables (Delta)": f"{offline}/<view>/v1",
+        "training dataset (Delta)": f"{offline}/_datasets/{DATASET}",
         "registry (SQLite)": store.environment.state_dir / "registry.db",
     }
     for name, place in places.items():

@@ -31,8 +31,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from spark_fs.files import create_file, delete_file
 from spark_fs.offline.blocks import NEVER, Integers, as_integers, in_order, parts, valid_mask
-from spark_fs.offline.files import create_file, delete_file
 
 #: What a task tells of each file, as Spark's DDL: ``path`` is relative to the table, ``stats`` is JSON as in Delta's log,
 #: ``dropped`` counts the rows that lost a tie.

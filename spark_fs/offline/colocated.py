@@ -24,6 +24,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from spark_fs.errors import InvalidError
+from spark_fs.files import open_file
 from spark_fs.offline.blocks import (
     NEVER,
     Block,
@@ -38,7 +39,6 @@ from spark_fs.offline.blocks import (
     parts,
     valid_mask,
 )
-from spark_fs.offline.files import open_file
 from spark_fs.offline.layout import DataFile
 
 #: Residue of spine rows with a null key: no bucket holds them.

@@ -18,6 +18,7 @@ from pyspark.sql import DataFrame, Observation, SparkSession
 from pyspark.sql import functions as F
 
 from spark_fs.errors import ConflictError, InvalidError, translated
+from spark_fs.files import feature_table_path, write_text
 from spark_fs.intervals import BEGINNING, Interval, covers
 from spark_fs.offline.asof import (
     AsofPlan,
@@ -31,7 +32,6 @@ from spark_fs.offline.asof import (
     why_not_arrow,
 )
 from spark_fs.offline.compute import Transform, acceptable, feature_frame, quoted
-from spark_fs.offline.files import feature_table_path, write_text
 from spark_fs.offline.layout import Layout, read_layout
 from spark_fs.offline.sources import read_source, source_state
 from spark_fs.offline.spine_stats import SmallSpine, small_spine

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
 
+from spark_fs.files import check_readable
 from spark_fs.intervals import Interval, to_micros
-from spark_fs.offline.files import check_readable
 
 #: Protocol features that change nothing in how a data file is read.
 _HARMLESS = frozenset({"timestampNtz", "v2Checkpoint", "vacuumProtocolCheck"})
 #: The version of Delta's protocol up to which a writer need not check or compute anything about rows.
 _PLAIN_WRITER = 2
+#: Escape sequences of terminals.
+_COLOURS = re.compile(r"\x1b\[[0-9;]*m")
 #: Delta states times in its log cut to milliseconds.
 _CUT_MICROS = 999
 
@@ -80,7 +83,13 @@ def read_layout(path: str, version: int | None = None) -> tuple[int | None, Layo
         return found, Layout(int(bucket.metadata["buckets"]), _files(table, path), takes_files), ""
     except (DeltaError, OSError, ValueError, NotImplementedError) as error:
         scheme = path.partition("://")[0] if "://" in path else "file"
-        return found, None, f"files by {scheme}:// cannot be opened without Spark: {next(iter(str(error).splitlines()), '')}"
+        return found, None, f"files by {scheme}:// cannot be opened without Spark: {_on_one_line(error)}"
+
+
+def _on_one_line(error: BaseException) -> str:
+    """What delta-rs says in a tree of lines, in colours: the causes, outermost first."""
+    lines = (line.strip(" ↳\t") for line in _COLOURS.sub("", str(error)).splitlines())
+    return ": ".join(line for line in lines if line)
 
 
 def _files(table: Any, path: str) -> tuple[DataFile, ...]:

@@ -11,7 +11,7 @@ from pyspark.sql import DataFrame, SparkSession
 
 from spark_fs.config import resolve_variables
 from spark_fs.errors import InvalidError, SparkFSError, translate, without_secrets
-from spark_fs.offline.files import listing_digest
+from spark_fs.files import listing_digest
 from spark_fs.spec import SourceSpec
 
 #: Options with which a reader does not take clock times to be in the session's zone: text without a zone is UTC, and a

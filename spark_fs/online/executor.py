@@ -63,12 +63,13 @@ def _rows_within(
     import pyarrow.compute as pc
     import pyarrow.parquet as pq
 
+    from spark_fs.files import open_file
     from spark_fs.online.encode import BUILD, CREATED, EVENT, KEY, key_column
 
     names = [key.name for key in keys]
     values = [EVENT, CREATED, BUILD, *(feature.name for feature in target.features)]
     start, end = (pa.scalar(micros, pa.int64()).cast(pa.timestamp("us", tz="UTC")) for micros in (start_us, end_us))
-    with _open(file) as stream:
+    with open_file(file) as stream:
         parquet = pq.ParquetFile(stream)
         for whole in parquet.iter_batches(BATCH_ROWS, columns=[*names, *values]):
             event = whole.column(EVENT)
@@ -77,17 +78,6 @@ def _rows_within(
             columns = [key_column([batch.column(name) for name in names], keys, batch.num_rows)]
             columns += [batch.column(name) for name in values]
             yield pa.RecordBatch.from_arrays(columns, names=[KEY, *values])
-
-
-def _open(file: str) -> pa.NativeFile:
-    from pyarrow import fs
-
-    if file.startswith("file:"):
-        from urllib.parse import unquote
-
-        return fs.LocalFileSystem().open_input_file(unquote("/" + file.removeprefix("file:").lstrip("/")))
-    system, path = fs.FileSystem.from_uri(file)
-    return system.open_input_file(path)
 
 
 def _newest(batches: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:

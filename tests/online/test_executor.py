@@ -15,6 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from spark_fs.errors import SparkFSError
+from spark_fs.files import create_file
 from spark_fs.intervals import to_micros
 from spark_fs.online import codec, encode, executor
 from spark_fs.online.redis_store import write_batches
@@ -72,8 +73,8 @@ def test_of_each_run_the_last_row_stays_however_batches_are_cut(runs: list[tuple
 # ---- files
 
 
-def write_file(file: Path, rows: list[tuple[int | None, datetime, int]]) -> str:
-    """A data file as a build writes it: rows (join key, event time, value)."""
+def write_file(uri: str, rows: list[tuple[int | None, datetime, int]]) -> str:
+    """A data file as a build writes it: rows (join key, event time, value); gives its URI."""
     instant = pa.timestamp("us", tz="UTC")
     table = pa.table(
         {
@@ -85,18 +86,25 @@ def write_file(file: Path, rows: list[tuple[int | None, datetime, int]]) -> str:
             "s": pa.array([None] * len(rows), pa.string()),
         }
     )
-    pq.write_table(table, file)
-    return file.as_uri()
+    with create_file(uri) as stream:
+        pq.write_table(table, stream)
+    return uri
+
+
+@pytest.fixture(params=["local", "s3"])
+def place(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    """The URI of a folder where data files lie."""
+    return str(request.getfixturevalue("s3")) if request.param == "s3" else tmp_path.as_uri()
 
 
 def test_files_are_published_newest_row_first_to_last(
-    url: str, client: redis.Redis, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    url: str, client: redis.Redis, place: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Of each key the newest row in ``[start, end)`` goes online, from several files, in batches of any size."""
     monkeypatch.setattr(executor, "BATCH_ROWS", 2)
     files = [
-        write_file(tmp_path / "a b.parquet", [(1, NOON, 10), (1, NOON + HOUR, 11), (1, NOON + 3 * HOUR, 12), (2, NOON, 20)]),
-        write_file(tmp_path / "c.parquet", [(3, NOON - HOUR, 30), (4, NOON + HOUR, 40)]),
+        write_file(f"{place}/a%20b.parquet", [(1, NOON, 10), (1, NOON + HOUR, 11), (1, NOON + 3 * HOUR, 12), (2, NOON, 20)]),
+        write_file(f"{place}/c.parquet", [(3, NOON - HOUR, 30), (4, NOON + HOUR, 40)]),
     ]
     target = target_of(url, view_of(keys=[Column("id", Int64)]))
     named = pa.RecordBatch.from_pydict({"file": files})

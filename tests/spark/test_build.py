@@ -20,8 +20,8 @@ from deltalake import DeltaTable
 
 from spark_fs import FeatureStore
 from spark_fs.errors import ConflictError, ExitCode, InvalidError, PartlyDoneError, SparkFSError
+from spark_fs.files import feature_table_path
 from spark_fs.intervals import BEGINNING, UTC, Interval
-from spark_fs.offline.files import feature_table_path
 from spark_fs.offline.transaction import Transaction
 from spark_fs.online.codec import key_bytes
 from spark_fs.registry import Registry

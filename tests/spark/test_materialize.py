@@ -22,9 +22,9 @@ from pyspark.sql import functions as F
 from spark_fs import FeatureStore
 from spark_fs.build import build_interval
 from spark_fs.errors import ExitCode, InvalidError, PartlyDoneError, SparkFSError, UnavailableError
+from spark_fs.files import feature_table_path
 from spark_fs.intervals import Interval
 from spark_fs.materialize import MaterializeResult
-from spark_fs.offline.files import feature_table_path
 from spark_fs.offline.tables import FeatureTable
 from spark_fs.online import executor, server
 from spark_fs.online.redis_store import OnlineTarget

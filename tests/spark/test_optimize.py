@@ -23,8 +23,8 @@ from deltalake import DeltaTable
 from spark_fs import FeatureStore, build
 from spark_fs.build import OptimizeResult
 from spark_fs.errors import ConflictError, InvalidError, SparkFSError
+from spark_fs.files import feature_table_path
 from spark_fs.intervals import UTC
-from spark_fs.offline.files import feature_table_path
 from spark_fs.offline.sources import source_bytes
 from spark_fs.offline.table_log import builds_since, can_be_read_in_place
 from spark_fs.offline.tables import FeatureTable

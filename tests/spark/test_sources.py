@@ -21,8 +21,8 @@ from deltalake import DeltaTable, write_deltalake
 
 from spark_fs import FeatureStore
 from spark_fs.errors import InvalidError, SparkFSError
+from spark_fs.files import feature_table_path
 from spark_fs.intervals import UTC, parse_instant, to_micros
-from spark_fs.offline.files import feature_table_path
 from tests.project import open_project, write, write_delta
 
 if TYPE_CHECKING:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from datetime import datetime, timedelta, timezone
+from urllib.parse import quote
 
 import pytest
 
+from spark_fs.files import check_readable, open_file
 from spark_fs.intervals import BEGINNING, Interval, to_micros
-from spark_fs.offline.files import check_readable
 from spark_fs.offline.layout import DataFile, Layout
 
 NOON = datetime(2024, 7, 1, 12, tzinfo=timezone.utc)
@@ -16,13 +17,23 @@ AFTERNOON = Interval(NOON, NOON + HOUR)
 
 
 def test_uris_that_only_hadoop_knows_are_told_apart(tmp_path):
-    """file:/x would be taken for a relative path; a colon further on is part of a name."""
+    """hdfs:/x would be taken for a relative path; a colon further on is part of a name."""
     check_readable(str(tmp_path))
     check_readable(f"file://{tmp_path}")
     check_readable("/data/a:/b")
-    for path in ("file:/data", "hdfs:/data", "s3a:/bucket/x", "nothing://x"):
+    for path in ("hdfs:/data", "s3a:/bucket/x", "nothing://x"):
         with pytest.raises(ValueError, match=r"two slashes|[Uu]nrecognized"):
             check_readable(path)
+
+
+@pytest.mark.parametrize("prefix", ["", "file:", "file://"])
+def test_a_local_file_is_opened_however_it_is_named(tmp_path, prefix):
+    """Spark names files as URIs, with one slash or three, and with what stands in a name percent-encoded."""
+    place = tmp_path / "a b%"
+    place.write_bytes(b"rows")
+    name = quote(str(place)) if prefix else str(place)
+    with open_file(f"{prefix}{name}") as stream:
+        assert stream.read() == b"rows"
 
 
 def file(first: timedelta | None, last: timedelta | None) -> DataFile:

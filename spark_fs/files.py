@@ -1,4 +1,4 @@
-"""Paths and plain files of the offline store, local or by URI. Needs neither Spark nor Delta."""
+"""Paths and plain files, local or by URI, and where feature tables lie. Needs neither Spark nor Delta."""
 
 from __future__ import annotations
 
@@ -78,12 +78,18 @@ def delete_file(path: str) -> None:
 
 
 def check_readable(path: str) -> None:
-    """Raise OSError, ValueError or NotImplementedError where files below this path or URI cannot be opened without Spark."""
-    _file_system(path)
+    """Raise OSError, ValueError or NotImplementedError where files at or below this path or URI cannot be opened without Spark.
+
+    Asks the store once, so that a login which is missing or refused is found too. Nothing need be there.
+    """
+    system, inner = _file_system(path)
+    system.get_file_info(inner)
 
 
 def _file_system(path: str) -> tuple[fs.FileSystem, str]:
     """The file system of a local path or URI, and the path inside it."""
+    if path.startswith("file:/") and not path.startswith("file://"):
+        path = f"file://{path.removeprefix('file:')}"  # as Hadoop writes it
     if "://" not in path:
         if _ONE_SLASH.match(path):
             raise ValueError(f"{path} is neither a path nor a URI with two slashes")
