@@ -334,7 +334,10 @@ def main() -> int:
     parser.add_argument("--scale", type=float, required=True)
     parser.add_argument("--cores", type=int, default=2)
     parser.add_argument("--memory", default="8g")
+    parser.add_argument("--cpus", type=int, help="run on so many processors of this machine, whatever the engine starts")
     arguments = parser.parse_args()
+    if arguments.cpus:
+        os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: arguments.cpus])
     # Whatever the JVM prints goes to stderr: stdout is for answers.
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)

@@ -1,4 +1,4 @@
-"""An engine's process as its parent sees it: asked one thing at a time, its memory sampled while it works."""
+"""An engine's process as its parent sees it: asked one thing at a time, its memory and processor time read meanwhile."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import json
 import select
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -25,10 +26,10 @@ class EngineProcess:
         self._process = subprocess.Popen(argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=root)
 
     def ask(self, **request: Any) -> dict[str, Any]:
-        """The engine's answer with the peaks of memory while it worked; ``error`` where the engine failed or has ended."""
+        """The engine's answer with the peaks of memory and the ``cpu_seconds`` it took; ``error`` where it failed or ended."""
         assert self._process.stdin is not None
         assert self._process.stdout is not None
-        watch = _MemoryWatch(self._process.pid)
+        watch, worked = _MemoryWatch(self._process.pid), _cpu_seconds(self._process.pid)
         try:
             print(json.dumps(request), file=self._process.stdin, flush=True)
         except BrokenPipeError:
@@ -38,7 +39,7 @@ class EngineProcess:
         line = self._process.stdout.readline()
         if not line:
             return {"error": f"the engine's process has ended with code {self._process.wait()}"}
-        return {**json.loads(line), **watch.peaks}
+        return {**json.loads(line), **watch.peaks, "cpu_seconds": _cpu_seconds(self._process.pid) - worked}
 
     def close(self) -> None:
         """End of requests: the engine stops by itself."""
@@ -86,6 +87,16 @@ class _MemoryWatch:
         jvms = {each.pid for each in self._jvms}
         # The JVM's own child is the daemon from which workers are forked; it does no work.
         self._workers = [each for each, name in below if "python" in name and _parent(each) not in jvms]
+
+
+def _cpu_seconds(pid: int) -> float:
+    """What the process and all living ones below it have worked so far; those that have ended count with their parents."""
+    root = psutil.Process(pid)
+    total = 0.0
+    for each in (root, *root.children(recursive=True)):
+        with suppress(psutil.NoSuchProcess):
+            total += sum(each.cpu_times()[:4])
+    return total
 
 
 def _parent(process: psutil.Process) -> int | None:

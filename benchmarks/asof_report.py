@@ -58,7 +58,7 @@ def _spread(values: _Values) -> tuple[float, float]:
 
 
 _HEAD = (
-    "| arm | median, s | spread | runs | ratio | shuffled, MB | spilled, MB | heap, MB | JVM, MB "
+    "| arm | median, s | spread | runs | ratio | CPU, s | shuffled, MB | spilled, MB | heap, MB | JVM, MB "
     "| workers, MB | largest, MB | process, MB | files | read, MB |"
 )
 
@@ -77,6 +77,8 @@ def _cell_row(cell: Cell, runs: Sequence[Run], first: _Values) -> str:
     low, high = _spread(seconds)
     cells = [cell.name, f"{statistics.median(seconds.values()):.2f}", f"{low:.2f}–{high:.2f}", str(len(seconds))]
     cells.append(f"{statistics.median(ratios):.2f}" if ratios else "")
+    worked = _values(runs, cell, "cpu_seconds")
+    cells.append(f"{statistics.median(worked.values()):.2f}" if worked else "")
     of_jvm = ("shuffle_bytes", "spilled_bytes", "heap_peak_bytes", "jvm_bytes")
     of_workers = ("workers_sum_bytes", "worker_max_bytes")
     in_spark = "heap_peak_bytes" in next(run for run in runs if run["cell"] == cell.name and "seconds" in run)

@@ -10,6 +10,7 @@ SESSIONS = {
     "spark": ("spark", "--memory", "8g"),
     "spark_4g": ("spark", "--memory", "4g"),
     "spark_1core": ("spark", "--memory", "4g", "--cores", "1"),
+    "spark_1cpu": ("spark", "--memory", "4g", "--cores", "1", "--cpus", "1"),
     "duckdb": ("duckdb",),
     "polars": ("polars",),
 }
@@ -157,9 +158,16 @@ def _growth() -> Workload:
 
 
 def _cores() -> Workload:
-    one, two = Cell("colocated", "medium", "spark_1core"), Cell("colocated", "medium", "spark_4g")
-    target = Target("one core : two cores", one, two, at_least=1.7)
-    return Workload("cores", "medium with local[1] and with local[2]", (two, one), (target,))
+    two, one, pinned = (Cell("colocated", "medium", session) for session in ("spark_4g", "spark_1core", "spark_1cpu"))
+    return Workload(
+        "cores",
+        "medium with local[2], with local[1], and with local[1] where the machine has one processor only",
+        (two, one, pinned),
+        (
+            Target("local[1] : local[2]", one, two, at_least=1.7),
+            Target("one processor : local[2]", pinned, two, at_least=1.7),
+        ),
+    )
 
 
 def _price() -> Workload:
