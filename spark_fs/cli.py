@@ -323,15 +323,28 @@ def dataset_verify(context: click.Context, name: str, version: int | None, outpu
 @click.argument("start")
 @click.argument("end")
 @click.option("--view", multiple=True, help="Only this feature view; may be repeated.")
+@click.option("--restate", is_flag=True, help="Let these values replace newer ones.")
+@click.option("--all", "everything", is_flag=True, help="Send also what was published before and has not changed.")
 @submitted
 @click.pass_context
-def materialize(context: click.Context, start: str, end: str, view: tuple[str, ...], output: str, print_only: bool) -> None:
+def materialize(
+    context: click.Context,
+    start: str,
+    end: str,
+    view: tuple[str, ...],
+    restate: bool,
+    everything: bool,
+    output: str,
+    print_only: bool,
+) -> None:
     r"""Publish the newest values with event times in [START, END) to the online store; builds what is missing first.
 
     \b
-    Example:  spark-fs materialize 2013-01-01 2014-01-01
+    Examples:  spark-fs materialize 2013-01-01 2014-01-01
+               spark-fs materialize 2013-01-01 2013-07-01 --view weather --restate
     """
     arguments = ["--start", start, "--end", end, *_repeated("view", view)]
+    arguments += [*(["--restate"] if restate else []), *(["--everything"] if everything else [])]
     submit_job(context, "materialize", arguments, output, print_only=print_only)
 
 
@@ -343,7 +356,7 @@ def materialize(context: click.Context, start: str, end: str, view: tuple[str, .
 def materialize_incremental(
     context: click.Context, end: str | None, view: tuple[str, ...], output: str, print_only: bool
 ) -> None:
-    r"""Publish what builds have added or corrected since the last run, however old its event time, up to END (default: now).
+    r"""Publish what builds have added, corrected or removed since the last run, however old, up to END (default: now).
 
     \b
     Example:  spark-fs materialize-incremental
@@ -409,6 +422,33 @@ def _key_value(name: str, value: str, types: Mapping[str, ValueType]) -> Any:
         return types[name].from_text(value)
     except ValueError as error:
         raise InvalidError.of("SFS-606", f"'{name}={value}' is no {types[name]}.", why=f"{error}.") from error
+
+
+@main.command()
+@click.argument("view")
+@click.argument("entities", nargs=-1, required=True)
+@click.option("--undo", is_flag=True, help="Allow these entities to be published again.")
+@output_option
+@click.pass_context
+def erase(context: click.Context, view: str, entities: tuple[str, ...], undo: bool, output: str) -> None:
+    r"""Remove ENTITIES (key=value[,key=value]) of a VIEW from the online store, for good: no later run brings them back.
+
+    Feature tables and sources are not touched: delete the rows there as well.
+
+    \b
+    Examples:  spark-fs erase user_spend user_id=4711 user_id=4712
+               spark-fs erase user_spend user_id=4711 --undo
+    """
+
+    def act() -> None:
+        from spark_fs.store import parse_reference
+
+        store = open_store(context)
+        spec = store.registry.state().require_view(parse_reference(view)[0])
+        rows = _entity_rows(store, [f"{spec.name}:{spec.feature_names[0]}"], entities)
+        console.show([store.erase(view, rows, undo=undo)], output)
+
+    run(context, act)
 
 
 @main.command()

@@ -40,11 +40,16 @@ def parse_instant(value: str) -> datetime:
 
 
 def text(instant: datetime) -> str:
-    """The instant as ISO 8601 UTC text, with microseconds only where they are not zero."""
+    """The instant as ISO 8601 UTC text, with microseconds only where they are not zero; ``beginning`` for BEGINNING."""
     if instant == BEGINNING:
         return "beginning"
     utc = instant.astimezone(UTC).replace(tzinfo=None)
     return utc.isoformat(timespec="microseconds" if utc.microsecond else "seconds") + "Z"
+
+
+def from_text(value: str) -> datetime:
+    """The instant that ``text`` has written."""
+    return BEGINNING if value == text(BEGINNING) else parse_instant(value)
 
 
 def to_micros(instant: datetime) -> int:
@@ -85,3 +90,9 @@ def missing(wanted: Interval, done: Sequence[Interval]) -> list[Interval]:
 def covers(done: Sequence[Interval], wanted: Interval) -> bool:
     """Whether every instant of ``wanted`` lies in an interval of ``done``."""
     return not missing(wanted, done)
+
+
+def intersect(left: Sequence[Interval], right: Sequence[Interval]) -> list[Interval]:
+    """The instants that lie in an interval of both, merged."""
+    pairs = ((max(a.start, b.start), min(a.end, b.end)) for a in left for b in right)
+    return merge(Interval(start, end) for start, end in pairs if start < end)

@@ -1,34 +1,49 @@
-"""Feature tables → online store: the newest row of each key, written in parallel from the executors."""
+"""Feature tables → online store: the newest row of each key, written in parallel from the executors.
+
+What is online of a view is a claim that the registry holds: for each key the newest row of the table at a version, of those
+with event times in the published intervals. A run brings the claim up to the newest version and adds an interval to it. It
+offers rows that were added or changed, and restates keys that have lost a row.
+"""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
-from functools import partial
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import partial, reduce
+from operator import and_, or_
 from typing import Any
 
 from pyspark.sql import Column as SparkColumn
 from pyspark.sql import DataFrame, Observation, Window
 from pyspark.sql import functions as F
 
+from spark_fs.errors import ConflictError
 from spark_fs.files import check_readable
-from spark_fs.intervals import Interval, text, to_micros
-from spark_fs.offline.compute import instant_literal, key_bytes, quoted, within
-from spark_fs.offline.table_log import builds_since, can_be_read_in_place
+from spark_fs.intervals import Interval, intersect, merge, missing, text, to_micros
+from spark_fs.offline.changes import changes
+from spark_fs.offline.compute import key_bytes, quoted, within
+from spark_fs.offline.table_log import Commit, can_be_read_in_place, changed_since
 from spark_fs.offline.tables import FeatureTable, observed
 from spark_fs.online import executor
 from spark_fs.online.redis_store import COUNTS, OnlineTarget, WriteCounts
-from spark_fs.registry import Watermark
+from spark_fs.registry import Published, Registry
 from spark_fs.spec import ViewSpec
+
+#: How often a run begins anew because another one has published or restated the view meanwhile.
+_ATTEMPTS = 3
+#: What Spark and Delta say of a version whose log or files were cleaned up.
+_GONE = ("DELTA_VERSION_NOT_FOUND", "DELTA_FILE_NOT_FOUND", "FILE_NOT_EXIST", "VersionNotFoundException", "DELTA_TIMESTAMP")
 
 
 @dataclass(frozen=True, slots=True)
 class MaterializeResult:
     """What one run did for one view.
 
-    ``rows_read`` rows of the feature table gave one row per key; of those ``applied`` were written, ``equal`` were there
-    already, ``stale`` were older than what was there, ``expired`` were past their ttl. ``bytes`` went to the server.
+    ``rows_read`` rows of the feature table were offered, the newest of each key: ``applied`` were written, ``equal`` were
+    there already, ``stale`` were older than what was there, ``expired`` were past their ttl. ``withdrawn`` keys had lost
+    their row at the source, so that an older one is served, or none. ``bytes`` went to the server. ``note``: what could
+    not be done, if anything.
     """
 
     view: str
@@ -39,44 +54,165 @@ class MaterializeResult:
     equal: int
     stale: int
     expired: int
+    withdrawn: int
     bytes: int
     seconds: float
+    note: str = ""
 
     def to_json(self) -> dict[str, Any]:
         """The result as JSON values."""
         return {**asdict(self), "interval": [text(self.interval.start), text(self.interval.end)]}
 
 
-def materialize_view(
-    table: FeatureTable, target: OnlineTarget, interval: Interval, since: Watermark | None = None
-) -> MaterializeResult:
-    """Write the newest row of each key in the interval; with ``since`` only what is new against it. Runs one Spark job.
+@dataclass(frozen=True, slots=True)
+class Publication:
+    """What a run has to look at, in the table at ``version``.
 
-    New is what a later build wrote, however old its event time, and what lay past the end of the last run. The guarded
-    write keeps what is newer online, so the same run can be repeated, overlap others, and be interrupted at any point.
+    Of event times in ``fresh`` every row is offered. Of those in ``compared`` rows are compared with what they were at
+    version ``since``. Afterwards all of ``intervals`` is published.
     """
-    began, log = time.monotonic(), table.commits()
+
+    version: int
+    fresh: tuple[Interval, ...]
+    compared: tuple[Interval, ...]
+    since: int | None
+    intervals: tuple[Interval, ...]
+
+
+def plan_publication(
+    log: Sequence[Commit], known: Published | None, interval: Interval, *, everything: bool = False
+) -> Publication:
+    """What is to be published for ``interval``, by the table's log (newest first) and what is published already.
+
+    ``everything``: also what was published before, as if the online store had lost it.
+    """
     version = log[0].version
-    if since is None and can_be_read_in_place(log) and _opens_without_spark(table.path):
-        counts, rows_read = publish_files(table, version, target, interval)
-    else:
-        rows = table.read(version).where(within(interval))
-        if since is not None:
-            rows = rows.where(_new(builds_since(log, since.table_version), since))
-        counts, rows_read = publish_rows(table.view, rows, target)
-    return MaterializeResult(
-        view=table.view.reference,
-        interval=interval,
-        table_version=version,
-        rows_read=rows_read,
-        **{name: getattr(counts, name) for name in COUNTS},
-        seconds=round(time.monotonic() - began, 3),
+    if known is None:
+        return Publication(version, (interval,), (), None, (interval,))
+    changed = changed_since(log, known.table_version)
+    compared = known.intervals if changed is None else tuple(intersect(known.intervals, changed))
+    fresh = (interval,) if everything else tuple(missing(interval, known.intervals))
+    return Publication(version, fresh, compared, known.table_version, tuple(merge([*known.intervals, interval])))
+
+
+def materialize_view(
+    registry: Registry,
+    table: FeatureTable,
+    target: OnlineTarget,
+    interval: Interval,
+    *,
+    restate: bool = False,
+    everything: bool = False,
+) -> MaterializeResult:
+    """Publish the rows with event times in the interval, and what has changed of all that was published before.
+
+    ``restate``: each key with a row in the interval serves the newest of those from now on, also in the place of a newer one.
+    Writes are guarded, so the same run can be repeated, overlap others and be interrupted at any point; only a run of which
+    every row is confirmed is noted as published. Raises ConflictError SFS-615 where other runs of the view came in between
+    three times.
+    """
+    began, counts, withdrawn, rows_read = time.monotonic(), WriteCounts(), 0, 0
+    for _ in range(_ATTEMPTS):
+        known = registry.published(table.view)
+        # In this order: whoever has a generation has looked at the table later than those with a lower one.
+        target = replace(target, generation=registry.generation(table.view), erased=registry.erased(table.view))
+        log = table.commits()
+        todo = plan_publication(log, known, interval, everything=everything or restate)
+        run = _Run(registry, table, todo, target)
+        run.offer_fresh(in_place=can_be_read_in_place(log), restate=restate)
+        run.offer_changes()
+        counts, withdrawn, rows_read = counts + run.counts, withdrawn + run.withdrawn, rows_read + run.rows_read
+        if not run.counts.fenced and registry.set_published(table.view, known, Published(todo.version, todo.intervals)):
+            return MaterializeResult(
+                view=table.view.reference,
+                interval=interval,
+                table_version=todo.version,
+                rows_read=rows_read,
+                **{name: getattr(counts, name) for name in COUNTS if name != "fenced"},
+                withdrawn=withdrawn,
+                note=run.note,
+                seconds=round(time.monotonic() - began, 3),
+            )
+    raise ConflictError.of(
+        "SFS-615",
+        "Other runs have published or restated the same view again and again.",
+        why="What was written is right, but not noted as published.",
+        fix="run the same command again when they have ended",
     )
 
 
-def _new(builds: set[int] | None, since: Watermark) -> SparkColumn:
-    past_the_end = F.col("event_timestamp") >= instant_literal(since.end)
-    return F.lit(True) if builds is None else F.col("_build").isin(sorted(builds)) | past_the_end
+class _Run:
+    """One attempt: what was offered so far, and what became of it."""
+
+    def __init__(self, registry: Registry, table: FeatureTable, todo: Publication, target: OnlineTarget) -> None:
+        self._registry, self._table, self._todo, self._target = registry, table, todo, target
+        self.counts, self.withdrawn, self.rows_read = WriteCounts(), 0, 0
+        self.note = ""
+
+    def offer_fresh(self, *, in_place: bool, restate: bool) -> None:
+        """Offer all rows of the fresh intervals; a restatement lets them win over newer ones."""
+        todo, target = self._todo, self._target
+        if not todo.fresh:
+            return
+        if restate:
+            target = replace(target, generation=self._registry.raise_generation(self._table.view), restating=True)
+        if in_place and len(todo.fresh) == 1 and _opens_without_spark(self._table.path):
+            counts, read = publish_files(self._table, todo.version, target, todo.fresh[0])
+        else:
+            counts, read = publish_rows(self._table.view, self._rows(todo.version, todo.fresh), target)
+        self.counts, self.rows_read = self.counts + counts, self.rows_read + read
+
+    def offer_changes(self) -> None:
+        """Offer rows that were added or changed since they were published, then restate the keys that have lost one."""
+        todo, view = self._todo, self._table.view
+        if not todo.compared or todo.since is None:
+            return
+        try:
+            self._offer_differences(todo.since)
+        except Exception as error:
+            if not _is_gone(error):
+                raise
+            counts, read = publish_rows(view, self._rows(todo.version, todo.compared), self._target)
+            self.counts, self.rows_read = self.counts + counts, self.rows_read + read
+            self.note = (
+                f"Version {todo.since} of the table, which was published last, is gone: all rows were offered, but rows that "
+                "builds have removed since may still be served."
+            )
+
+    def _offer_differences(self, since: int) -> None:
+        todo, view = self._todo, self._table.view
+        changed = changes(view, self._rows(since, todo.compared), self._rows(todo.version, todo.compared))
+        seen, lost = Observation(), [F.count_if("_lost").alias("lost")]
+        watched = changed.observe(seen, *lost)
+        counts, read = publish_rows(view, watched.where(~F.col("_lost")).drop("_lost"), self._target)
+        self.counts, self.rows_read = self.counts + counts, self.rows_read + read
+        if observed(seen, changed, lost)["lost"]:
+            at = F.struct("event_timestamp", "created_timestamp")
+            self._withdraw(changed.where("_lost").groupBy(*map(quoted, view.key_names)).agg(F.max(at).alias("_lost_at")))
+
+    def _withdraw(self, lost: DataFrame) -> None:
+        """Serve what the keys have now, the newest of their rows or none, where that is older than what they have lost."""
+        todo, view = self._todo, self._table.view
+        generation = self._registry.raise_generation(view)
+        target = replace(self._target, generation=generation, restating=True)
+        there = newest_rows(view, self._rows(todo.version, todo.intervals), lost)
+        older, _ = _run(there.where(F.col("event_timestamp").isNotNull()), partial(executor.publish_rows, target=target))
+        gone = there.where(F.col("event_timestamp").isNull()).select("_key")
+        none, _ = _run(gone, partial(executor.bury_rows, target=target))
+        self.withdrawn += older.applied + older.expired + none.applied
+        self.counts += WriteCounts(fenced=older.fenced + none.fenced, bytes=older.bytes + none.bytes)
+
+    def _rows(self, version: int, intervals: Sequence[Interval]) -> DataFrame:
+        return self._table.read(version).where(_within_any(intervals))
+
+
+def _is_gone(error: BaseException) -> bool:
+    """Whether an old version of a table could not be read, for its log or its files were cleaned up."""
+    return any(mark in str(error) for mark in _GONE)
+
+
+def _within_any(intervals: Sequence[Interval]) -> SparkColumn:
+    return reduce(or_, map(within, intervals))
 
 
 def _opens_without_spark(path: str) -> bool:
@@ -119,15 +255,24 @@ def _run(frame: DataFrame, work: Callable[..., Iterator[Any]]) -> tuple[WriteCou
     return WriteCounts(**{name: totals[name] for name in COUNTS}), totals["rows_read"]
 
 
-def newest_rows(view: ViewSpec, rows: DataFrame) -> DataFrame:
+def newest_rows(view: ViewSpec, rows: DataFrame, lost: DataFrame | None = None) -> DataFrame:
     """One row per key, that with the greatest (event_timestamp, created_timestamp): a feature table has no ties on those.
 
-    Columns: ``_key`` (key bytes), event_timestamp, created_timestamp, _build, features.
+    Columns: ``_key`` (key bytes), event_timestamp, created_timestamp, _build, features. With ``lost`` (the view's keys,
+    distinct, and ``_lost_at``, an event and a created time) one row for each of these keys whose newest row is older than
+    that, with nulls where the key has no row.
     """
-    keys = [quoted(name) for name in view.key_names]
-    newest_first = Window.partitionBy("_bucket", *keys).orderBy(
+    names = [quoted(name) for name in view.key_names]
+    newest_first = Window.partitionBy(*names).orderBy(
         F.col("event_timestamp").desc(), F.col("created_timestamp").desc_nulls_last()
     )
+    if lost is not None:
+        renamed = rows.withColumnsRenamed({name: f"_row_key{n}" for n, name in enumerate(view.key_names)})
+        met = [quoted(name) == F.col(f"_row_key{n}") for n, name in enumerate(view.key_names)]
+        rows = lost.join(renamed, reduce(and_, met, F.lit(True)), "left")
     newest = rows.withColumn("_rank", F.row_number().over(newest_first)).where(F.col("_rank") == 1)
+    if lost is not None:
+        older = F.struct("event_timestamp", "created_timestamp") < F.col("_lost_at")
+        newest = newest.where(F.col("event_timestamp").isNull() | older)
     features = [quoted(name) for name in view.feature_names]
     return newest.select(key_bytes(view.keys).alias("_key"), "event_timestamp", "created_timestamp", "_build", *features)

@@ -1,4 +1,4 @@
-"""The registry: applied definitions, builds, runs, watermarks and datasets, in SQLite or PostgreSQL.
+"""The registry: applied definitions, builds, runs, what is published, erasures and datasets, in SQLite or PostgreSQL.
 
 Objects are canonical JSON. ``serial`` counts applies; a commit names the serial it was planned against and changes
 nothing when somebody else was first.
@@ -10,7 +10,7 @@ import getpass
 import json
 import os
 import uuid
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import datetime
@@ -21,11 +21,11 @@ import sqlalchemy as sa
 from sqlalchemy.exc import DatabaseError, IntegrityError, OperationalError, ProgrammingError
 
 from spark_fs.errors import ConflictError, InvalidError, SparkFSError, did_you_mean, translate, without_secrets
-from spark_fs.intervals import UTC, Interval, from_micros, merge, to_micros
+from spark_fs.intervals import BEGINNING, UTC, Interval, from_micros, merge, to_micros
 from spark_fs.spec import ServiceSpec, SourceSpec, ViewSpec, canonical_json
 
-#: Raised when the tables change; a registry written by a newer spark_fs is refused.
-FORMAT = 1
+#: Raised when the tables change; a registry written by a newer spark_fs is refused, an older one is brought up to it.
+FORMAT = 2
 
 _tables = sa.MetaData()
 _format = sa.Table("sfs_format", _tables, sa.Column("version", sa.Integer, primary_key=True))
@@ -80,14 +80,31 @@ _runs = sa.Table(
     sa.Column("finished_at", sa.Text),
     sa.Column("details", sa.Text, nullable=False),
 )
-_watermarks = sa.Table(
-    "sfs_watermarks",
+_published = sa.Table(
+    "sfs_published",
     _tables,
     sa.Column("project", sa.Text, primary_key=True),
     sa.Column("view", sa.Text, primary_key=True),
     sa.Column("version", sa.Integer, primary_key=True),
     sa.Column("table_version", sa.BigInteger, nullable=False),
-    sa.Column("end_us", sa.BigInteger, nullable=False),
+    sa.Column("intervals", sa.Text, nullable=False),
+)
+_generations = sa.Table(
+    "sfs_generations",
+    _tables,
+    sa.Column("project", sa.Text, primary_key=True),
+    sa.Column("view", sa.Text, primary_key=True),
+    sa.Column("version", sa.Integer, primary_key=True),
+    sa.Column("generation", sa.BigInteger, nullable=False),
+)
+_erasures = sa.Table(
+    "sfs_erasures",
+    _tables,
+    sa.Column("project", sa.Text, primary_key=True),
+    sa.Column("view", sa.Text, primary_key=True),
+    sa.Column("digest", sa.Text, primary_key=True),
+    sa.Column("at", sa.Text, nullable=False),
+    sa.Column("by", sa.Text, nullable=False),
 )
 _datasets = sa.Table(
     "sfs_datasets",
@@ -98,6 +115,10 @@ _datasets = sa.Table(
     sa.Column("created_at", sa.Text, nullable=False),
     sa.Column("manifest", sa.Text, nullable=False),
 )
+
+
+#: What a registry of format 1 lacks.
+_NEW_IN_2 = {table.name for table in (_published, _generations, _erasures)}
 
 
 @dataclass(frozen=True, slots=True)
@@ -158,11 +179,11 @@ class Build:
 
 
 @dataclass(frozen=True, slots=True)
-class Watermark:
-    """What of a view has been published online: its table at ``table_version``, events before ``end``."""
+class Published:
+    """What of a view is online: rows of its table at ``table_version`` with event times in ``intervals`` (merged)."""
 
     table_version: int
-    end: datetime
+    intervals: tuple[Interval, ...]
 
 
 class Registry:
@@ -202,8 +223,8 @@ class Registry:
                     _create_tables(connection)
         except (IntegrityError, ProgrammingError):
             there = set(_tables.tables)  # another process has made them in this very moment
-        if there and there != set(_tables.tables):
-            raise _damaged(f"It has lost {', '.join(sorted(set(_tables.tables) - there))}.")
+        if there and _format.name not in there:
+            raise _damaged(f"It has lost {_format.name}.")
         with self._transaction() as connection:
             found = connection.execute(sa.select(_format.c.version)).scalars().all()
         if not found:
@@ -212,6 +233,12 @@ class Registry:
             raise InvalidError.of(
                 "SFS-302", f"The registry has format {max(found)}; this spark_fs knows {FORMAT}.", fix="upgrade spark-fs"
             )
+        lost = set(_tables.tables) - there - (_NEW_IN_2 if max(found) == 1 else set()) if there else set()
+        if lost:
+            raise _damaged(f"It has lost {', '.join(sorted(lost))}.")
+        if max(found) < FORMAT:
+            with suppress(IntegrityError, ProgrammingError), self._transaction() as connection:  # others may do it too
+                _from_1_to_2(connection)
 
     def state(self) -> State:
         """The applied definitions, all from one moment."""
@@ -356,32 +383,68 @@ class Registry:
         """Forget what was built and published of a view version whose table and online values are gone."""
         with self._transaction() as connection:
             connection.execute(_builds.update().where(self._of(_builds, view)).values(state="destroyed"))
-            connection.execute(_watermarks.delete().where(self._of(_watermarks, view)))
+            connection.execute(_published.delete().where(self._of(_published, view)))
 
-    # Watermarks: what has been published online.
+    # What is online: published intervals, generations, erasures.
 
-    def watermark(self, view: ViewSpec) -> Watermark | None:
+    def published(self, view: ViewSpec) -> Published | None:
         """What has been published of a view version, or None."""
         with self._transaction() as connection:
-            row = connection.execute(sa.select(_watermarks).where(self._of(_watermarks, view))).one_or_none()
-        return None if row is None else Watermark(row.table_version, from_micros(row.end_us))
+            row = connection.execute(sa.select(_published).where(self._of(_published, view))).one_or_none()
+        if row is None:
+            return None
+        return Published(row.table_version, tuple(Interval(*map(from_micros, pair)) for pair in json.loads(row.intervals)))
 
-    def set_watermark(self, view: ViewSpec, watermark: Watermark) -> None:
-        """Note what has been published; it never moves back to an older table version."""
-        values = {"table_version": watermark.table_version, "end_us": to_micros(watermark.end)}
-        if self._move_watermark(view, values):
-            return
+    def set_published(self, view: ViewSpec, before: Published | None, after: Published) -> bool:
+        """Note what is published, in the place of ``before``; False, and no change, where that is noted no more."""
+        values = _published_values(after)
         try:
             with self._transaction() as connection:
-                identity = {"project": self.project, "view": view.name, "version": view.version}
-                connection.execute(_watermarks.insert().values(**identity, **values))
-        except IntegrityError:  # there is one: newer than ours, or another process has just written it
-            self._move_watermark(view, values)
+                if before is None:
+                    identity = {"project": self.project, "view": view.name, "version": view.version}
+                    connection.execute(_published.insert().values(**identity, **values))
+                    return True
+                known = _published_values(before)
+                same = sa.and_(*(_published.c[name] == value for name, value in known.items()))
+                changed = connection.execute(_published.update().where(self._of(_published, view) & same).values(values))
+                return changed.rowcount == 1
+        except IntegrityError:
+            return False
 
-    def _move_watermark(self, view: ViewSpec, values: Mapping[str, int]) -> bool:
-        behind = self._of(_watermarks, view) & (_watermarks.c.table_version <= values["table_version"])
+    def generation(self, view: ViewSpec) -> int:
+        """The generation of rows that a writer which begins now publishes; 1 until something is restated."""
         with self._transaction() as connection:
-            return bool(connection.execute(_watermarks.update().where(behind).values(values)).rowcount)
+            found = connection.execute(sa.select(_generations.c.generation).where(self._of(_generations, view))).scalar()
+        return int(found or 1)
+
+    def raise_generation(self, view: ViewSpec) -> int:
+        """A generation greater than all before it, for a restatement."""
+        identity = {"project": self.project, "view": view.name, "version": view.version}
+        with suppress(IntegrityError), self._transaction() as connection:
+            connection.execute(_generations.insert().values(**identity, generation=1))
+        raised = _generations.update().where(self._of(_generations, view)).values(generation=_generations.c.generation + 1)
+        with self._transaction() as connection:
+            return int(connection.execute(raised.returning(_generations.c.generation)).scalar_one())
+
+    def erased(self, view: ViewSpec) -> frozenset[bytes]:
+        """The digests of the view's keys that must never be published, of all its versions."""
+        with self._transaction() as connection:
+            found = connection.execute(sa.select(_erasures.c.digest).where(self._named(_erasures, view))).scalars()
+            return frozenset(map(bytes.fromhex, found))
+
+    def erase(self, view: ViewSpec, digests: Iterable[bytes]) -> None:
+        """Note keys that must never be published again."""
+        for digest in digests:
+            values = {"project": self.project, "view": view.name, "digest": digest.hex(), "at": _now(), "by": _user()}
+            with suppress(IntegrityError), self._transaction() as connection:  # noted before
+                connection.execute(_erasures.insert().values(values))
+
+    def forget_erasures(self, view: ViewSpec, digests: Iterable[bytes]) -> int:
+        """Allow keys to be published again; how many of them were erased."""
+        texts = [digest.hex() for digest in digests]
+        with self._transaction() as connection:
+            mine = self._named(_erasures, view) & _erasures.c.digest.in_(texts)
+            return connection.execute(_erasures.delete().where(mine)).rowcount
 
     # Runs: what was done when, and how it ended.
 
@@ -450,9 +513,16 @@ class Registry:
             raise InvalidError.of("SFS-303", f"There is no dataset '{shown}'.", why=did_you_mean(shown, known))
         return chosen[-1]
 
+    def _named(self, table: sa.Table, view: ViewSpec) -> sa.ColumnElement[bool]:
+        return (table.c.project == self.project) & (table.c.view == view.name)
+
     def _of(self, table: sa.Table, view: ViewSpec) -> sa.ColumnElement[bool]:
-        columns = table.c
-        return (columns.project == self.project) & (columns.view == view.name) & (columns.version == view.version)
+        return self._named(table, view) & (table.c.version == view.version)
+
+
+def _published_values(published: Published) -> dict[str, Any]:
+    pairs = [[to_micros(interval.start), to_micros(interval.end)] for interval in published.intervals]
+    return {"table_version": published.table_version, "intervals": canonical_json(pairs)}
 
 
 def _prepare_file(file: Path) -> None:
@@ -480,6 +550,18 @@ def _prepare_file(file: Path) -> None:
 def _create_tables(connection: sa.Connection) -> None:
     _tables.create_all(connection)
     connection.execute(_format.insert().values(version=FORMAT))
+
+
+def _from_1_to_2(connection: sa.Connection) -> None:
+    """Format 1 knew one interval from the beginning on in the place of published ones."""
+    _tables.create_all(connection)
+    old = sa.Table("sfs_watermarks", sa.MetaData(), autoload_with=connection)
+    for row in connection.execute(sa.select(old)).all():
+        known = Published(row.table_version, (Interval(BEGINNING, from_micros(row.end_us)),))
+        identity = {"project": row.project, "view": row.view, "version": row.version}
+        connection.execute(_published.insert().values(**identity, **_published_values(known)))
+    old.drop(connection)
+    connection.execute(_format.insert().values(version=2))
 
 
 def _damaged(why: str) -> SparkFSError:

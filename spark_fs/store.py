@@ -24,7 +24,7 @@ from spark_fs.errors import (
 )
 from spark_fs.intervals import BEGINNING, Interval, missing
 from spark_fs.plan import Plan, apply_plan, make_plan
-from spark_fs.registry import Registry, State, Watermark
+from spark_fs.registry import Registry, State
 from spark_fs.repo import Repository, load
 from spark_fs.spec import Selection, ServiceSpec, ViewSpec, merge_selections, select
 
@@ -186,15 +186,61 @@ class FeatureStore:
 
     # Online.
 
-    def materialize(self, start: datetime, end: datetime, views: Iterable[str] | None = None) -> list[MaterializeResult]:
-        """Publish the newest row of each key with an event time in ``[start, end)``; builds what is missing of it first."""
-        return self._materialize(_interval(start, end), views, incremental=False)
+    def materialize(
+        self,
+        start: datetime,
+        end: datetime,
+        views: Iterable[str] | None = None,
+        *,
+        restate: bool = False,
+        everything: bool = False,
+    ) -> list[MaterializeResult]:
+        """Publish the newest row of each key with an event time in ``[start, end)``; builds what is missing of it first.
+
+        What was published before is not sent again, except where it has changed since, or with ``everything``. ``restate``
+        lets each key with a row in the interval serve the newest of those, also in the place of a newer one.
+        """
+        return self._materialize(_interval(start, end), views, restate=restate, everything=everything)
 
     def materialize_incremental(
         self, end: datetime | None = None, views: Iterable[str] | None = None
     ) -> list[MaterializeResult]:
-        """Publish what is new since the last incremental run, up to ``end`` (exclusive; default: now); builds first."""
-        return self._materialize(_interval(BEGINNING, end or datetime.now(timezone.utc)), views, incremental=True)
+        """Publish what is new since the last run, up to ``end`` (exclusive; default: now); builds first."""
+        return self._materialize(_interval(BEGINNING, end or datetime.now(timezone.utc)), views)
+
+    def erase(
+        self, view: str, entity_rows: Sequence[Mapping[str, Any]] | Mapping[str, Sequence[Any]], *, undo: bool = False
+    ) -> dict[str, Any]:
+        """Remove entities of a view, in all its versions, from the online store, and keep all later runs from writing them.
+
+        ``entity_rows`` as for ``get_online_features``, with the view's join keys. With ``undo`` they may be published again,
+        and are absent until ``materialize`` does so with ``everything``. Feature tables and sources are not touched. The
+        registry keeps digests of the keys. Raises SFS-303 for an unknown view, SFS-606 and SFS-607 for unfit rows.
+        """
+        from spark_fs.online.codec import key_digest, key_prefix, redis_key
+        from spark_fs.online.read import entity_keys
+        from spark_fs.online.redis_store import erase_keys, reopen_keys
+
+        state = self.registry.state()
+        name, _ = parse_reference(view)
+        current = state.require_view(name)
+        versions = [spec for (of_view, _), spec in state.versions.items() if of_view == name]
+        # A version with other join keys has no such entities.
+        same = [spec for spec in versions if spec.keys == current.keys]
+        names, digests = [], set()
+        for spec in same:
+            prefix, keys = key_prefix(spec), entity_keys(spec, entity_rows)
+            names += [redis_key(prefix, key) for key in keys]
+            digests |= {key_digest(prefix, key) for key in keys}
+        url, timeout = self.online_url(), self.environment.config.online.timeout_seconds
+        # Noted first: a run that begins in between does not write them, and one under way finds the tombstones.
+        if undo:
+            self.registry.forget_erasures(same[0], digests)
+            reopen_keys(url, names, socket_timeout_seconds=timeout)
+        else:
+            self.registry.erase(same[0], digests)
+            erase_keys(url, names, socket_timeout_seconds=timeout)
+        return {"view": name, "entities": len(digests), "online_keys": len(names)}
 
     def get_online_features(
         self,
@@ -319,7 +365,9 @@ class FeatureStore:
             raise
         self.registry.finish_run(run_id, "done", {"results": [result.to_json() for result in done]})
 
-    def _materialize(self, interval: Interval, views: Iterable[str] | None, *, incremental: bool) -> list[MaterializeResult]:
+    def _materialize(
+        self, interval: Interval, views: Iterable[str] | None, *, restate: bool = False, everything: bool = False
+    ) -> list[MaterializeResult]:
         from spark_fs.materialize import materialize_view
         from spark_fs.online.redis_store import OnlineTarget
 
@@ -329,12 +377,8 @@ class FeatureStore:
 
         def publish(view: ViewSpec) -> list[MaterializeResult]:
             self._build_missing(view, interval)
-            since = self.registry.watermark(view) if incremental else None
-            target = OnlineTarget.of(url, view, socket_timeout_seconds=timeout)
-            result = materialize_view(self._offline.table(view), target, interval, since)
-            if incremental:
-                self.registry.set_watermark(view, Watermark(result.table_version, interval.end))
-            return [result]
+            target, table = OnlineTarget.of(url, view, socket_timeout_seconds=timeout), self._offline.table(view)
+            return [materialize_view(self.registry, table, target, interval, restate=restate, everything=everything)]
 
         return self._each("materialize", chosen, publish)
 

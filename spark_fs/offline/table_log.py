@@ -1,10 +1,12 @@
-"""What the log of a feature table tells: which builds are new, which files are sorted. Values and pure functions."""
+"""What the log of a feature table tells: what builds have changed, which files are sorted. Values and pure functions."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+
+from spark_fs.intervals import Interval, from_text, merge
 
 #: Operations of Delta that leave the rows of a table as they are.
 _NO_NEW_ROWS = frozenset({"OPTIMIZE", "VACUUM START", "VACUUM END", "SET TBLPROPERTIES", "CREATE TABLE"})
@@ -24,7 +26,7 @@ class Rewrite:
 
 @dataclass(frozen=True, slots=True)
 class Commit:
-    """One version of a feature table: what made it, and the number of the build if it was one.
+    """One version of a feature table: what made it, and the number and interval of the build if it was one.
 
     ``in_order``: whether each file that it wrote is known to be sorted. ``rewrite``: what the commit is where it is upkeep of
     the layout.
@@ -35,6 +37,7 @@ class Commit:
     build: int | None
     in_order: bool = False
     rewrite: Rewrite | None = None
+    interval: Interval | None = None
 
     @property
     def changes_rows(self) -> bool:
@@ -47,16 +50,16 @@ class Commit:
         return self.operation not in _NO_NEW_ROWS or self.operation == "OPTIMIZE"
 
 
-def builds_since(log: Sequence[Commit], version: int) -> set[int] | None:
-    """The builds committed after ``version``; None where the log cannot tell, so that anything may be new.
+def changed_since(log: Sequence[Commit], version: int) -> list[Interval] | None:
+    """The event times whose rows may be others than at ``version``; None where the log cannot tell, so that any may be.
 
     The log (newest first) tells unless it was cleaned up that far, or somebody else changed the table's data.
     """
     commits = [commit for commit in log if commit.version > version]
-    changes = [commit.build for commit in commits if commit.changes_rows]
-    if len(commits) != log[0].version - version or None in changes:
+    changed = [commit.interval for commit in commits if commit.changes_rows]
+    if len(commits) != log[0].version - version or None in changed:
         return None
-    return {build for build in changes if build is not None}
+    return merge(interval for interval in changed if interval is not None)
 
 
 def can_be_read_in_place(log: Sequence[Commit]) -> bool:
@@ -99,4 +102,5 @@ def parse_commit(version: int, operation: str, copied_rows: int | None, metadata
     rewrite = Rewrite(found["read_version"], found["buckets"], tuple(found["rewritten"])) if found else None
     build = note.get("build")
     in_order = rewrite is not None or note.get("in_order") is True or (build is not None and copied_rows == 0)
-    return Commit(version, operation, build, in_order, rewrite)
+    interval = Interval(*map(from_text, note["interval"])) if build is not None else None
+    return Commit(version, operation, build, in_order, rewrite, interval)

@@ -9,7 +9,8 @@ Value  format v1: header, body.
 
        header  28 bytes, big-endian, ordered as bytes like the numbers they stand for:
                generation u32 · event time i64 · created time i64 · build u32 · schema id u32
-               times are microseconds since 1970-01-01 UTC with the sign bit flipped; a null created time is all zero
+               times are microseconds since 1970-01-01 UTC with the sign bit flipped; a null created time is all zero.
+               A value of nothing but a generation and 24 zero bytes is a tombstone: the key has no row
        body    null bitmap  one bit per feature in declared order, lowest bit first, 1 = null; ``ceil(features / 8)``
        bytes
                fixed part   the fixed-width features in declared order, little-endian; zero where null. A bool is one
@@ -26,6 +27,7 @@ The schema id is the CRC-32 of the features' names and types: a value of another
 
 from __future__ import annotations
 
+import hashlib
 import struct
 import zlib
 from collections.abc import Callable, Sequence
@@ -44,6 +46,8 @@ ONLINE_SLOTS = 1024
 #: Added to a signed time so that its bytes order like its value.
 SIGN_BIT = 1 << 63
 HEADER = struct.Struct(">IQQII")
+#: The generation of what no writer may replace.
+ERASED = 2**32 - 1
 
 _EPOCH_DAY = date(1970, 1, 1).toordinal()
 _STRUCT_CODES = {
@@ -74,6 +78,16 @@ def read_header(value: bytes) -> Header:
     """The header of a stored value; times in microseconds since 1970-01-01 UTC."""
     generation, event, created, build, schema = HEADER.unpack_from(value)
     return Header(generation, event - SIGN_BIT, created - SIGN_BIT if created else None, build, schema)
+
+
+def tombstone(generation: int) -> bytes:
+    """The value of a key that has no row, as of a generation."""
+    return HEADER.pack(generation, 0, 0, 0, 0)
+
+
+def key_digest(prefix: bytes, key: bytes) -> bytes:
+    """16 bytes that stand for an entity in all versions of a view: what is kept of a key that was erased."""
+    return hashlib.blake2b(prefix.partition(b"@")[0] + b":" + key, digest_size=16).digest()
 
 
 def schema_id(features: Sequence[Column]) -> int:

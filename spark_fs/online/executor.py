@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
-from spark_fs.online.redis_store import COUNTS, OnlineTarget, WriteCounts, redis_errors, write_batches
+from spark_fs.online.redis_store import COUNTS, OnlineTarget, WriteCounts, bury_batches, redis_errors, write_batches
 from spark_fs.spec import Column
 
 if TYPE_CHECKING:
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 #: Rows of a data file in memory at a time.
 BATCH_ROWS = 64 * 1024
-#: What both functions yield as their one row.
+#: What these functions yield as their one row.
 MEASURES = (*COUNTS, "rows_read")
 
 
@@ -25,6 +25,13 @@ def publish_rows(batches: Iterator[pa.RecordBatch], target: OnlineTarget) -> Ite
     """Write rows with ``_key`` (each once) and the target's columns; yields one row of ``MEASURES``. For ``mapInArrow``."""
     with redis_errors():
         counts = write_batches(batches, target, distinct=True)
+    yield _measures(counts, counts.rows)
+
+
+def bury_rows(batches: Iterator[pa.RecordBatch], target: OnlineTarget) -> Iterator[pa.RecordBatch]:
+    """Put tombstones in the place of the rows with these ``_key``; yields one row of ``MEASURES``. For ``mapInArrow``."""
+    with redis_errors():
+        counts = bury_batches(batches, target)
     yield _measures(counts, counts.rows)
 
 

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from spark_fs.errors import InvalidError, Problem, did_you_mean
 from spark_fs.intervals import from_micros, text, to_micros
 from spark_fs.online.codec import HEADER, SIGN_BIT, Decoder, key_bytes, key_prefix, redis_key, schema_id
-from spark_fs.spec import Selection, output_names
+from spark_fs.spec import Selection, ViewSpec, output_names, select
 
 if TYPE_CHECKING:
     import redis
@@ -217,6 +217,14 @@ class OnlineReader:
             for start in range(0, len(keys), KEYS_PER_COMMAND):
                 pipeline.mget(keys[start : start + KEYS_PER_COMMAND])
             return [value for part in pipeline.execute() for value in part]
+
+
+def entity_keys(view: ViewSpec, entity_rows: Sequence[Mapping[str, Any]] | Mapping[str, Sequence[Any]]) -> list[bytes]:
+    """The key bytes of each entity row. Raises SFS-606 for a null or a value of another type, SFS-607 for a missing key."""
+    columns, count = _columns(entity_rows)
+    _require_keys([select(view, view.feature_names)], columns)
+    rows = zip(*(columns[name] for name in view.key_names), strict=True) if view.keys else [()] * count
+    return [key_bytes(row, view.keys) for row in rows]
 
 
 def _columns(

@@ -1,8 +1,9 @@
 """Rows → Redis: the guarded write, its errors, and what is checked before it.
 
 Calls of one Lua script carry up to 500 rows each, several in flight on one connection. The script writes a row only
-where its version (generation, event time, created time, build) is greater than the stored one, so writes may be
-repeated, reordered and run side by side: the store ends the same.
+where its version (event time, created time, build) is greater than the stored one, so writes may be repeated, reordered
+and run side by side: the store ends the same. A restatement writes older rows, or none, on purpose; its generation keeps
+out whatever began before it.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import hashlib
 import time
 import zlib
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from datetime import timedelta
@@ -23,6 +24,7 @@ from redis.backoff import ExponentialBackoff, NoBackoff
 from redis.retry import Retry
 
 from spark_fs.errors import InvalidError, SparkFSError, translate
+from spark_fs.online import codec
 from spark_fs.online.codec import ONLINE_SLOTS, key_prefix
 from spark_fs.spec import Column, ViewSpec
 
@@ -42,13 +44,16 @@ ENCODE_BYTES = 4 * 1024 * 1024
 #: Tries in a row without one answer before a write gives up; with the growing pause between them some 6 seconds.
 MAX_FAILURES = 7
 OLDEST_SERVER = (6, 2)
+#: How long a tombstone keeps out writers that began before it.
+GRAVE = timedelta(days=7)
 
-# The version is compared as six unsigned 32-bit words: doubles are exact there, and text compare would follow the
-# locale. MGET answers nil for a key of another type; EXISTS over the absent ones, one cheap call, finds those before
-# they are overwritten; a value shorter than a header (28 bytes) is not ours either. All checks come before the first
+# Times and builds are compared as five unsigned 32-bit words: doubles are exact there, and text compare would follow the
+# locale. Equal strings are one object in Lua, so that a row sent again costs next to nothing. MGET answers nil for a key
+# of another type; EXISTS over the absent ones, one cheap call, finds those before they are overwritten; a value shorter
+# than a header (28 bytes) is not ours either, and one of just a header is a tombstone. All checks come before the first
 # write: a call is refused as a whole or done as a whole.
 SCRIPT = b"""
-local rows, ttl_ms = #KEYS, tonumber(ARGV[#KEYS + 1])
+local rows, ttl_ms, restating = #KEYS, tonumber(ARGV[#KEYS + 1]), ARGV[#KEYS + 2] == '1'
 local stored, absent = redis.call('MGET', unpack(KEYS)), {}
 for i = 1, rows do
   if not stored[i] then absent[#absent + 1] = KEYS[i] elseif #stored[i] < 28 then return i end
@@ -60,23 +65,24 @@ if #absent > 0 and redis.call('EXISTS', unpack(absent)) > 0 then
   end
 end
 local words = struct.unpack
-local function difference(new, old)
-  local a1, a2, a3, a4, a5, a6 = words('>I4I4I4I4I4I4', new)
-  local b1, b2, b3, b4, b5, b6 = words('>I4I4I4I4I4I4', old)
-  if a1 ~= b1 then return a1 - b1 end
-  if a2 ~= b2 then return a2 - b2 end
-  if a3 ~= b3 then return a3 - b3 end
-  if a4 ~= b4 then return a4 - b4 end
-  if a5 ~= b5 then return a5 - b5 end
-  return a6 - b6
-end
-local applied, equal, stale, expired = 0, 0, 0, 0
+local applied, equal, stale, expired, fenced = 0, 0, 0, 0, 0
 local winner, writes, last = {}, {}, 0
 for i = 1, rows do
   local key, new = KEYS[i], ARGV[i]
   local old = winner[key] or stored[i]
-  local order = old and difference(new, old) or 1
-  if order > 0 then
+  local order, raised = 1, 0
+  if old == new then
+    order = 0
+  elseif old then
+    local a0, a1, a2, a3, a4, a5 = words('>I4I4I4I4I4I4', new)
+    local b0, b1, b2, b3, b4, b5 = words('>I4I4I4I4I4I4', old)
+    raised = a0 - b0
+    order = a1 ~= b1 and a1 - b1 or a2 ~= b2 and a2 - b2 or a3 ~= b3 and a3 - b3 or a4 ~= b4 and a4 - b4 or a5 - b5
+    if order < 0 and raised > 0 and restating then order = 1 end
+  end
+  if order > 0 and raised < 0 then
+    fenced = fenced + 1
+  elseif order > 0 then
     winner[key] = new
     applied = applied + 1
     writes[last + 1], writes[last + 2] = key, new
@@ -87,24 +93,39 @@ for i = 1, rows do
     stale = stale + 1
   end
 end
-if not ttl_ms then
+if not ttl_ms and not restating then
   if last > 0 then redis.call('MSET', unpack(writes)) end
-  return {applied, equal, stale, expired}
+  return {applied, equal, stale, expired, fenced}
 end
-local clock = redis.call('TIME')
+local clock, buried = redis.call('TIME'), {}
 local now_ms = clock[1] * 1000 + clock[2] / 1000
+for i = 1, rows do
+  if stored[i] and #stored[i] == 28 then buried[KEYS[i]] = stored[i] end
+end
+local function bury(key, tombstone) redis.call('SET', key, tombstone, 'PX', '%GRAVE_MS%') end
 for i = 1, last, 2 do
-  local high, low = words('>I4I4', writes[i + 1], 5)
-  local expires_ms = math.ceil(((high - 2147483648) * 4294967296 + low) / 1000) + ttl_ms + 1
-  if expires_ms > now_ms then
-    redis.call('SET', writes[i], writes[i + 1], 'PXAT', string.format('%.0f', expires_ms))
+  local key, new = writes[i], writes[i + 1]
+  local high, low = words('>I4I4', new, 5)
+  local expires_ms = ttl_ms and math.ceil(((high - 2147483648) * 4294967296 + low) / 1000) + ttl_ms + 1
+  if #new == 28 then
+    bury(key, new)
+  elseif not ttl_ms then
+    redis.call('SET', key, new)
+  elseif expires_ms > now_ms then
+    redis.call('SET', key, new, 'PXAT', string.format('%.0f', expires_ms))
   else
-    redis.call('DEL', writes[i])
     applied, expired = applied - 1, expired + 1
+    if restating then
+      bury(key, string.sub(new, 1, 4) .. string.rep('\\0', 24))
+    elseif buried[key] then
+      bury(key, buried[key])
+    else
+      redis.call('DEL', key)
+    end
   end
 end
-return {applied, equal, stale, expired}
-"""
+return {applied, equal, stale, expired, fenced}
+""".replace(b"%GRAVE_MS%", b"%d" % (GRAVE // timedelta(milliseconds=1)))
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,7 +134,9 @@ class OnlineTarget:
 
     ``url`` is ``redis://``, ``rediss://`` or ``unix://`` and is left out of the repr, for it may hold a password.
     With a ``ttl`` Redis drops a row once its event time + ttl has passed; that is clean-up only, for readers judge
-    the ttl themselves.
+    the ttl themselves. ``generation`` counts the restatements of the view that were known when the writer began;
+    ``restating``: the rows replace those of lower generations whatever their times. ``erased`` are the digests
+    (``codec.key_digest``) of the keys that must never be written.
     """
 
     url: str = field(repr=False)
@@ -122,6 +145,8 @@ class OnlineTarget:
     generation: int = 1
     ttl: timedelta | None = None
     socket_timeout_seconds: float = 10.0
+    restating: bool = False
+    erased: frozenset[bytes] = frozenset()
 
     @classmethod
     def of(cls, url: str, view: ViewSpec, *, generation: int = 1, socket_timeout_seconds: float = 10.0) -> OnlineTarget:
@@ -130,37 +155,32 @@ class OnlineTarget:
 
 
 #: What the server says of rows, and the bytes sent: the fields of ``WriteCounts``.
-COUNTS = ("applied", "equal", "stale", "expired", "bytes")
+COUNTS = ("applied", "equal", "stale", "expired", "fenced", "bytes")
 
 
 @dataclass(frozen=True, slots=True)
 class WriteCounts:
-    """What became of the rows of a write: ``rows = applied + equal + stale + expired``.
+    """What became of the rows of a write: ``rows = applied + equal + stale + expired + fenced``.
 
     applied: written, for they were newer; equal: the same version was there; stale: a newer one was there; expired:
-    newer, but event time + ttl had passed, so they are not kept and neither is what they replace. ``bytes``: keys and
-    values sent.
+    newer, but event time + ttl had passed, so they are not kept and neither is what they replace; fenced: newer, but
+    the row there was restated after this writer had begun. ``bytes``: keys and values sent.
     """
 
     applied: int = 0
     equal: int = 0
     stale: int = 0
     expired: int = 0
+    fenced: int = 0
     bytes: int = 0
 
     @property
     def rows(self) -> int:
         """All rows of the write."""
-        return self.applied + self.equal + self.stale + self.expired
+        return self.applied + self.equal + self.stale + self.expired + self.fenced
 
     def __add__(self, other: WriteCounts) -> WriteCounts:
-        return WriteCounts(
-            self.applied + other.applied,
-            self.equal + other.equal,
-            self.stale + other.stale,
-            self.expired + other.expired,
-            self.bytes + other.bytes,
-        )
+        return WriteCounts(*(getattr(self, name) + getattr(other, name) for name in COUNTS))
 
 
 def write_batches(batches: Iterator[pa.RecordBatch], target: OnlineTarget, *, distinct: bool = False) -> WriteCounts:
@@ -172,6 +192,7 @@ def write_batches(batches: Iterator[pa.RecordBatch], target: OnlineTarget, *, di
 
     ``distinct`` promises that no key occurs twice. Then rows go by MSETNX as long as the server has none of their keys,
     which is twice as fast as the script: there is nothing to compare with, and it too is done as a whole or not at all.
+    Rows of erased keys are left out.
 
     A lost connection, a server that is loading, busy or read-only, and a lost script are retried for some seconds;
     repeated rows then count as equal. Raises SFS-608 for a key or value above 512 KB, SFS-609 for unfit rows, SFS-610
@@ -180,11 +201,31 @@ def write_batches(batches: Iterator[pa.RecordBatch], target: OnlineTarget, *, di
     """
     from spark_fs.online import encode
 
-    with _Writer(target, inserting=distinct and target.ttl is None) as writer:
+    with _Writer(target, inserting=distinct and target.ttl is None and not target.restating) as writer:
         for batch in batches:
-            for part in encode.slices(batch, ENCODE_BYTES):
-                for call in _calls(part, target, insert=writer.inserting):
+            for part in encode.slices(encode.without(batch, target.erased, target.prefix), ENCODE_BYTES):
+                values = encode.encode_values(part, target.features, target.generation)
+                for call in _calls(encode.encode_keys(part), values, target, insert=writer.inserting):
                     writer.send(call)
+        return writer.finish()
+
+
+def bury_batches(batches: Iterator[pa.RecordBatch], target: OnlineTarget) -> WriteCounts:
+    """Put tombstones in the place of rows: batches with ``_key``. The target must be restating.
+
+    A reader finds nothing then, and for ``GRAVE`` no writer of a lower generation can write the keys. Errors as for
+    ``write_batches``. Buried keys count as applied, those that a later restatement has written as stale or fenced.
+    """
+    import pyarrow as pa
+
+    from spark_fs.online import encode
+
+    tombstone = pa.scalar(codec.tombstone(target.generation), pa.large_binary())
+    with _Writer(target, inserting=False) as writer:
+        for batch in batches:
+            keys = encode.encode_keys(batch)
+            for call in _calls(keys, pa.repeat(tombstone, len(keys)), target, insert=False):
+                writer.send(call)
         return writer.finish()
 
 
@@ -234,23 +275,22 @@ def _packed(call: _Call) -> bytes:
     if call.manner is _Manner.INSERT:
         return b"*%d\r\n$6\r\nMSETNX\r\n%b" % (2 * len(call.keys) + 1, call.arguments)
     script = _BY_TEXT if call.manner is _Manner.BY_TEXT else _BY_HASH
-    return b"".join([b"*%d\r\n" % (2 * len(call.keys) + 4), script, _bulk(b"%d" % len(call.keys)), call.arguments])
+    return b"".join([b"*%d\r\n" % (2 * len(call.keys) + 5), script, _bulk(b"%d" % len(call.keys)), call.arguments])
 
 
 def _tail(target: OnlineTarget) -> bytes:
-    """The script's last argument: the ttl in milliseconds, or nothing."""
-    return _bulk(b"%d" % -(-target.ttl // timedelta(milliseconds=1)) if target.ttl else b"")
+    """The script's last two arguments: the ttl in milliseconds, or nothing, and whether to restate."""
+    ttl = b"%d" % -(-target.ttl // timedelta(milliseconds=1)) if target.ttl else b""
+    return _bulk(ttl) + _bulk(b"1" if target.restating else b"0")
 
 
-def _calls(batch: pa.RecordBatch, target: OnlineTarget, *, insert: bool) -> Iterator[_Call]:
-    """The rows as calls, in their order: ≤ CALL_ROWS rows and about CALL_BYTES each."""
+def _calls(keys: Any, values: Any, target: OnlineTarget, *, insert: bool) -> Iterator[_Call]:
+    """Rows, as key bytes and stored values, as calls in their order: ≤ CALL_ROWS rows and about CALL_BYTES each."""
     import numpy as np  # numpy and pyarrow are needed to write only: reading does without
     import pyarrow as pa
 
     from spark_fs.online import encode
 
-    values = encode.encode_values(batch, target.features, target.generation)
-    keys = encode.encode_keys(batch)
     # One C call per key, 0.07 µs: cheaper than a table-driven CRC in numpy, whose cost grows with each byte of the
     # longest key.
     tags = np.fromiter(map(zlib.crc32, keys.to_pylist()), np.uint32, len(keys)) % ONLINE_SLOTS
@@ -355,8 +395,8 @@ class _Writer:
             return
         if isinstance(reply, int):
             raise self._foreign_key(call, reply)
-        applied, equal, stale, expired = reply
-        self._counts += WriteCounts(applied, equal, stale, expired, call.size)
+        applied, equal, stale, expired, fenced = reply
+        self._counts += WriteCounts(applied, equal, stale, expired, fenced, call.size)
 
     def _start_over(self, error: redis.RedisError) -> None:
         """Connect anew and send all unanswered calls again, with growing pauses; raises what waiting cannot mend."""
@@ -475,6 +515,22 @@ def check_server(url: str, *, socket_timeout_seconds: float = 5.0) -> ServerRepo
             fix="set maxmemory-policy noeviction on the server",
         )
     return report
+
+
+def erase_keys(url: str, names: Sequence[bytes], *, socket_timeout_seconds: float = 10.0) -> None:
+    """Put a tombstone that no writer can replace in the place of each of these Redis keys; safe to repeat."""
+    with redis_errors(), open_client(url, socket_timeout_seconds=socket_timeout_seconds) as client:
+        for name in names:
+            client.set(name, codec.tombstone(codec.ERASED), px=GRAVE)
+
+
+def reopen_keys(url: str, names: Sequence[bytes], *, socket_timeout_seconds: float = 10.0) -> None:
+    """Take away the tombstones that ``erase_keys`` has set, so that the keys can be written again."""
+    with redis_errors(), open_client(url, socket_timeout_seconds=socket_timeout_seconds) as client:
+        for name in names:
+            # Nothing else can have come in their place, so that looking first is no race.
+            if client.get(name) == codec.tombstone(codec.ERASED):
+                client.delete(name)
 
 
 def delete_prefix(url: str, prefix: bytes, *, socket_timeout_seconds: float = 10.0) -> int:

@@ -21,7 +21,14 @@ from hypothesis import strategies as st
 
 from spark_fs.errors import InvalidError, SparkFSError, UnavailableError, translate
 from spark_fs.online import codec, redis_store
-from spark_fs.online.redis_store import OnlineTarget, WriteCounts, check_server, delete_prefix, write_batches
+from spark_fs.online.redis_store import (
+    OnlineTarget,
+    WriteCounts,
+    bury_batches,
+    check_server,
+    delete_prefix,
+    write_batches,
+)
 from spark_fs.spec import Column
 from spark_fs.types import Bytes, Int64
 from tests.online.servers import FEATURES, NOON, UTC, batch, free_port, ping_for_ever, redis_process, target_of, view_of
@@ -80,12 +87,76 @@ def test_the_greater_version_stays_in_either_order(
 
 
 def test_a_restatement_replaces_newer_rows(url: str, client: redis.Redis) -> None:
-    """A greater generation wins over any event time, and the old generation cannot come back."""
+    """A greater generation wins over any event time, on purpose only, and what began before it cannot come back."""
     target = target_of(url)
+    later = replace(target, generation=2)
     write(target, batch([b"a"], NOON, n=[1]))
-    assert write(replace(target, generation=2), batch([b"a"], NOON - HOUR, n=[2])).applied == 1
-    assert write(target, batch([b"a"], NOON + HOUR, n=[3])).stale == 1
+    assert write(later, batch([b"a"], NOON - HOUR, n=[2])).stale == 1
+    restating = replace(later, restating=True)
+    assert [write(restating, batch([b"a"], NOON - HOUR, n=[2])).applied for _ in range(2)] == [1, 0]
+    again = write(target, batch([b"a"], NOON, n=[1]))
+    assert (again.fenced, again.rows) == (1, 1)
+    assert write(target, batch([b"a"], NOON - 2 * HOUR, n=[0])).stale == 1
     assert stored(client, target, b"a") == [2, None]
+    assert write(later, batch([b"a"], NOON - HOUR, builds=2, n=[3])).applied == 1
+    assert stored(client, target, b"a") == [3, None]
+
+
+def test_an_older_restatement_does_not_replace_a_later_one(url: str, client: redis.Redis) -> None:
+    """Of two restatements the later one stays, in whatever order they arrive."""
+    second, third = (replace(target_of(url), generation=number, restating=True) for number in (2, 3))
+    write(third, batch([b"a"], NOON, n=[3]))
+    assert write(second, batch([b"a"], NOON - HOUR, n=[2])).stale == 1
+    assert write(second, batch([b"a"], NOON + HOUR, n=[2])).fenced == 1
+    assert stored(client, third, b"a") == [3, None]
+
+
+@pytest.mark.parametrize("ttl", [None, timedelta(days=365_000)])
+def test_a_tombstone_keeps_out_what_began_before_it(url: str, client: redis.Redis, ttl: timedelta | None) -> None:
+    """A buried key reads as absent, whatever retries bring; the next run of the view may write it again."""
+    target = target_of(url, view_of(ttl=ttl))
+    rows = batch([b"a", b"b"], NOON, n=[1, 2])
+    write(target, rows)
+    restating = replace(target, generation=2, restating=True)
+    for expected in ((2, 0), (0, 2)):
+        counts = bury_batches(iter([batch([b"a", b"absent"])]), restating)
+        assert (counts.applied, counts.equal) == expected
+    name: bytes = codec.redis_key(target.prefix, b"a")
+    assert client.get(name) == codec.tombstone(2)
+    assert 0 < client.ttl(name) <= redis_store.GRAVE.total_seconds()  # type: ignore[operator]
+    counts = write(target, rows)
+    assert (counts.fenced, counts.equal) == (1, 1)
+    assert client.get(name) == codec.tombstone(2)
+    assert write(replace(target, generation=2), rows).applied == 1
+    assert stored(client, target, b"a") == [1, None]
+    assert client.ttl(name) == -1 if ttl is None else client.ttl(name) > 300_000 * 86_400  # type: ignore[operator]
+
+
+def test_what_is_erased_stays_so(url: str, client: redis.Redis) -> None:
+    """No generation replaces an erased key, and writers that know of it do not send it."""
+    target = target_of(url)
+    for generation in (codec.ERASED, codec.ERASED - 1):
+        bury_batches(iter([batch([b"a"])]), replace(target, generation=generation, restating=True))
+    assert write(replace(target, generation=7, restating=True), batch([b"a"], n=[1])).fenced == 1
+    known = replace(target, erased=frozenset([codec.key_digest(target.prefix, b"a")]))
+    counts = write(known, batch([b"a", b"b"], n=[1, 2]))
+    assert (counts.rows, counts.applied) == (1, 1)
+    assert stored(client, target, b"b") == [2, None]
+    assert client.get(codec.redis_key(target.prefix, b"a")) == codec.tombstone(codec.ERASED)
+
+
+def test_a_row_past_its_ttl_opens_no_grave(url: str, client: redis.Redis) -> None:
+    """Rows that are too old leave a tombstone where it was, and a restatement leaves one: else older rows came back."""
+    now = datetime.now(UTC)
+    target = replace(target_of(url, view_of(ttl=HOUR)), generation=2)
+    restating = replace(target, restating=True)
+    fresh, old = batch([b"a", b"b"], now, n=[1, 2]), batch([b"a", b"b"], now - 2 * HOUR, n=[3, 4])
+    write(replace(target, generation=1), fresh)
+    bury_batches(iter([batch([b"a"])]), restating)
+    assert write(target, old.slice(0, 1)).expired == 1
+    assert write(restating, old.slice(1)).expired == 1
+    assert write(replace(target, generation=1), fresh).fenced == 2
+    assert client.mget([codec.redis_key(target.prefix, key) for key in (b"a", b"b")]) == [codec.tombstone(2)] * 2
 
 
 @pytest.mark.parametrize("ttl", [None, timedelta(days=365_000)])
@@ -152,9 +223,11 @@ def test_four_writers_at_once_end_with_the_newest(url: str, client: redis.Redis)
 PLANTED = {
     "an equal version is written again": (b"if order > 0 then", b"if order >= 0 then"),
     "an older version is written": (b"if order > 0 then", b"if order ~= 0 then"),
-    "created time and build are not looked at": (b"if a4 ~= b4", b"do return 0 end if a4 ~= b4"),
-    "the generation is not looked at": (b"if a1 ~= b1", b"if false"),
-    "the low half of a time is dropped": (b"if a3 ~= b3", b"if false"),
+    "the build is not looked at": (b"or a5 - b5", b"or 0"),
+    "the generation is not looked at": (b"raised = a0 - b0", b"raised = 0"),
+    "every write restates": (b"raised > 0 and restating", b"raised > 0"),
+    "the low half of a time is dropped": (b"a2 ~= b2 and", b"false and"),
+    "a tombstone never ends": (b"'PX', '604800000'", b"'KEEPTTL'"),
     "rows of one call do not see each other": (b"winner[key] or stored[i]", b"stored[i]"),
     "foreign keys are overwritten": (b"#absent > 0 and", b"false and"),
 }
@@ -175,6 +248,7 @@ def test_the_contract_catches_planted_bugs(url: str, client: redis.Redis, monkey
             url, client, {"events": NOON}, {"events": NOON + timedelta(microseconds=1)}
         ),
         lambda: test_a_restatement_replaces_newer_rows(url, client),
+        lambda: test_a_tombstone_keeps_out_what_began_before_it(url, client, None),
         lambda: test_a_key_many_times_in_one_call_ends_with_its_greatest_version(url, client, None),
         lambda: test_a_key_of_another_program_is_left_alone(url, client),
     ]

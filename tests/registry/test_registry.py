@@ -21,12 +21,13 @@ import sqlalchemy as sa
 
 from spark_fs.errors import ConflictError, InvalidError, SparkFSError, UnavailableError
 from spark_fs.intervals import Interval
-from spark_fs.registry import FORMAT, Change, Registry, Watermark
+from spark_fs.registry import FORMAT, Change, Published, Registry
 from spark_fs.spec import Column, ServiceSpec, ServiceView, SourceSpec, ViewSpec
 from spark_fs.types import Float64, Int64
 
 NOON = datetime(2013, 7, 1, 12, tzinfo=timezone.utc)
 HOUR = timedelta(hours=1)
+TODAY = Interval(NOON - 12 * HOUR, NOON + 12 * HOUR)
 SOURCE = SourceSpec("payments", "delta", "paid_at", path="data/payments")
 VIEW = ViewSpec("shop", "spending", 1, ("user",), (Column("user_id", Int64),), (Column("amount", Float64),), SOURCE)
 CHURN = ServiceSpec("churn", (ServiceView("spending", 1),))
@@ -166,9 +167,11 @@ def test_projects_in_one_database_do_not_meet(registry, url):
     registry.begin_build(VIEW, Interval(NOON, NOON + HOUR))
     registry.begin_run("r1", "build", "spending@1")
     registry.add_dataset("d", 1, {"name": "d", "version": 1})
-    registry.set_watermark(VIEW, Watermark(1, NOON))
+    registry.set_published(VIEW, None, Published(1, (TODAY,)))
+    registry.raise_generation(VIEW)
+    registry.erase(VIEW, [b"digest"])
     assert (other.state().serial, other.state().views, other.history(), other.runs(), other.datasets()) == (0, {}, [], [], [])
-    assert other.watermark(VIEW) is None
+    assert (other.published(VIEW), other.generation(VIEW), other.erased(VIEW)) == (None, 1, frozenset())
     assert other.begin_build(VIEW, Interval(NOON, NOON + HOUR)) == 1
     assert other.commit(0, [], "bank") == 1
 
@@ -288,25 +291,45 @@ def test_builds_begun_at_once_get_numbers_of_their_own(url):
     assert sorted(numbers) == list(range(1, 5 * many + 1))
 
 
-def test_watermarks_set_at_once_end_at_the_newest(url):
+def test_of_runs_that_publish_at_once_one_is_noted(url):
     """Also when it is the view's first: each round is one of a new view version."""
     many = 8
     registries = [Registry(url, "shop") for _ in range(many)]
     barrier = threading.Barrier(many)
 
     for version in range(1, 21):
-        view = replace(VIEW, version=version)
+        view, before = replace(VIEW, version=version), None
+        for turn in range(2):
 
-        def publish(numbered: tuple[int, Registry], view: ViewSpec = view) -> None:
-            barrier.wait()
-            numbered[1].set_watermark(view, Watermark(numbered[0], NOON + numbered[0] * HOUR))
+            def publish(
+                numbered: tuple[int, Registry], view: ViewSpec = view, before: Published | None = before, turn: int = turn
+            ) -> list[int]:
+                mine = 100 * turn + numbered[0]
+                barrier.wait()
+                return [mine] if numbered[1].set_published(view, before, Published(mine, (TODAY,))) else []
 
-        with ThreadPoolExecutor(many) as pool:
-            list(pool.map(publish, enumerate(registries)))
-        assert registries[0].watermark(view) == Watermark(many - 1, NOON + (many - 1) * HOUR)
+            with ThreadPoolExecutor(many) as pool:
+                won = [number for numbers in pool.map(publish, enumerate(registries)) for number in numbers]
+            before = registries[0].published(view)
+            assert before is not None
+            assert won == [before.table_version]
 
 
-# Builds, watermarks, runs, datasets.
+def test_generations_raised_at_once_are_all_different(url):
+    """Each restatement has a number of its own, and the last is the one that writers take up."""
+    many = 8
+    registries = [Registry(url, "shop") for _ in range(many)]
+
+    def raise_some(registry: Registry) -> list[int]:
+        return [registry.raise_generation(VIEW) for _ in range(5)]
+
+    with ThreadPoolExecutor(many) as pool:
+        numbers = [number for raised in pool.map(raise_some, registries) for number in raised]
+    assert sorted(numbers) == list(range(2, 5 * many + 2))
+    assert registries[0].generation(VIEW) == max(numbers)
+
+
+# Builds, what is published, runs, datasets.
 
 
 def test_only_finished_builds_count_and_their_intervals_are_merged(registry):
@@ -337,21 +360,38 @@ def test_an_interval_keeps_its_microseconds(registry):
 def test_forgetting_builds_leaves_nothing_built_or_published(registry):
     """But numbers go on: rows of a new build must not carry an old number."""
     registry.finish_build(VIEW, registry.begin_build(VIEW, Interval(NOON, NOON + HOUR)), "done", {})
-    registry.set_watermark(VIEW, Watermark(5, NOON))
+    registry.set_published(VIEW, None, Published(5, (TODAY,)))
+    registry.raise_generation(VIEW)
     registry.forget_builds(VIEW)
     assert registry.built(VIEW) == []
-    assert registry.watermark(VIEW) is None
+    assert registry.published(VIEW) is None
+    assert registry.generation(VIEW) == 2  # what began before may still write
     assert registry.begin_build(VIEW, Interval(NOON, NOON + HOUR)) == 2
 
 
-def test_a_watermark_never_moves_back(registry):
-    """A slow run that ends late does not undo a newer one's; the same table version may move its end."""
-    assert registry.watermark(VIEW) is None
-    registry.set_watermark(VIEW, Watermark(5, NOON))
-    registry.set_watermark(VIEW, Watermark(4, NOON + HOUR))
-    assert registry.watermark(VIEW) == Watermark(5, NOON)
-    registry.set_watermark(VIEW, Watermark(5, NOON + HOUR))
-    assert registry.watermark(VIEW) == Watermark(5, NOON + HOUR)
+def test_what_is_published_is_noted_only_in_the_place_of_what_was_seen(registry):
+    """A slow run that ends late does not undo another's note; intervals keep their microseconds."""
+    first = Published(5, (Interval(datetime(1, 1, 1, tzinfo=timezone.utc), NOON), Interval(NOON + HOUR, NOON + 2 * HOUR)))
+    second = Published(6, (Interval(NOON, NOON + timedelta(microseconds=1)),))
+    assert registry.published(VIEW) is None
+    assert not registry.set_published(VIEW, second, first)
+    assert registry.set_published(VIEW, None, first)
+    assert registry.published(VIEW) == first
+    assert not registry.set_published(VIEW, None, second)
+    assert not registry.set_published(VIEW, second, second)
+    assert registry.set_published(VIEW, first, second)
+    assert registry.published(VIEW) == second
+
+
+def test_an_erased_key_is_noted_for_all_versions_of_its_view(registry):
+    """Once, until it is forgotten; other views do not know of it."""
+    two = replace(VIEW, version=2)
+    for _ in range(2):
+        registry.erase(VIEW, [b"one", b"two"])
+    assert registry.erased(two) == {b"one", b"two"}
+    assert registry.erased(replace(VIEW, name="other")) == frozenset()
+    assert registry.forget_erasures(two, [b"one", b"three"]) == 1
+    assert registry.erased(VIEW) == {b"two"}
 
 
 def test_runs_are_listed_newest_first_with_how_they_ended(registry):
@@ -406,8 +446,36 @@ def test_a_registry_that_lost_its_format_is_refused(registry, url):
         Registry(url, "shop")
 
 
+def test_a_registry_of_format_1_is_brought_up(registry, url):
+    """Its watermarks become published intervals; whatever else it holds stays."""
+    registry.commit(0, add(VIEW), "one")
+    for table in ("sfs_published", "sfs_generations", "sfs_erasures"):
+        run_sql(url, f"DROP TABLE {table}")
+    columns = "project TEXT, view TEXT, version INTEGER, table_version BIGINT, end_us BIGINT"
+    run_sql(url, f"CREATE TABLE sfs_watermarks ({columns})")
+    run_sql(url, "INSERT INTO sfs_watermarks VALUES ('shop', 'spending', 1, 7, 3600000000)")
+    run_sql(url, "UPDATE sfs_format SET version = 1")
+    for _ in range(2):
+        found = Registry(url, "shop")
+        until = Interval(datetime(1, 1, 1, tzinfo=timezone.utc), datetime(1970, 1, 1, 1, tzinfo=timezone.utc))
+        assert found.published(VIEW) == Published(7, (until,))
+        assert found.state().serial == 1
+    assert found.raise_generation(VIEW) == 2
+
+
 @pytest.mark.parametrize(
-    "table", ["sfs_serials", "sfs_objects", "sfs_applies", "sfs_builds", "sfs_runs", "sfs_watermarks", "sfs_datasets"]
+    "table",
+    [
+        "sfs_serials",
+        "sfs_objects",
+        "sfs_applies",
+        "sfs_builds",
+        "sfs_runs",
+        "sfs_published",
+        "sfs_datasets",
+        "sfs_generations",
+        "sfs_erasures",
+    ],
 )
 def test_a_registry_that_lost_a_table_is_refused(registry, url, table):
     """An empty table in its place would read as if nothing had been applied, built or published."""

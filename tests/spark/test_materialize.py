@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from datetime import date, datetime, timedelta, timezone
 from decimal import Decimal
 from functools import partial
@@ -21,16 +21,16 @@ from pyspark.sql import functions as F
 
 from spark_fs import FeatureStore
 from spark_fs.build import build_interval
-from spark_fs.errors import ExitCode, InvalidError, PartlyDoneError, SparkFSError, UnavailableError
+from spark_fs.errors import ConflictError, ExitCode, InvalidError, PartlyDoneError, SparkFSError, UnavailableError
 from spark_fs.files import feature_table_path
 from spark_fs.intervals import Interval
-from spark_fs.materialize import MaterializeResult
+from spark_fs.materialize import MaterializeResult, materialize_view, publish_rows
 from spark_fs.offline.tables import FeatureTable
 from spark_fs.online import executor, server
-from spark_fs.online.redis_store import OnlineTarget
-from spark_fs.registry import Registry
+from spark_fs.online.redis_store import OnlineTarget, write_batches
+from spark_fs.registry import Published, Registry
 from spark_fs.spec import ViewSpec
-from tests.online.servers import free_port, redis_process, view_of
+from tests.online.servers import batch, free_port, redis_process, view_of
 from tests.project import open_project, write
 
 UTC = timezone.utc
@@ -187,10 +187,12 @@ def test_counts_say_what_was_read_and_what_became_of_it(fs: FeatureStore, folder
 
     (again,) = fs.materialize_incremental(END)
     assert (*counts([again]), again.bytes) == (0, 0, 0, 0, 0, 0)
-    (whole,) = fs.materialize(START, END)
+    (same,) = fs.materialize(START, END)
+    assert (*counts([same]), same.bytes) == (0, 0, 0, 0, 0, 0)
+    (whole,) = fs.materialize(START, END, everything=True)
     assert (*counts([whole]), whole.bytes) == (20, 0, 5, 0, 0, first.bytes)
     assert online(fs, range(5)) == [3, 103, 203, 303, 403]
-    assert [run["state"] for run in fs.registry.runs() if run["kind"] == "materialize"] == ["done"] * 3
+    assert [run["state"] for run in fs.registry.runs() if run["kind"] == "materialize"] == ["done"] * 4
 
 
 def test_late_rows_and_corrections_get_through(fs: FeatureStore, folder: Path) -> None:
@@ -202,8 +204,8 @@ def test_late_rows_and_corrections_get_through(fs: FeatureStore, folder: Path) -
     assert counts(fs.materialize_incremental(END)) == (0, 0, 0, 0, 0)
     fs.build(start=START, end=START + 2 * DAY)
     result = counts(fs.materialize_incremental(END))
-    # All rows of the rebuilt interval belong to a later build, so each counts as newer.
-    assert result == (4, 3, 0, 0, 0)
+    # Two of the four rebuilt rows are as they were.
+    assert result == (2, 2, 0, 0, 0)
     assert online(fs, [1, 2, 3]) == [12, 20, 30]
 
 
@@ -260,7 +262,7 @@ def test_optimize_sends_nothing_and_a_foreign_write_is_looked_at(fs: FeatureStor
     row = spark.read.format("delta").load(path).where("user_id = 1")
     foreign = row.withColumn("event_timestamp", F.col("event_timestamp") + F.expr("INTERVAL 1 HOUR"))
     foreign.withColumn("amount", F.lit(11).cast("bigint")).write.format("delta").mode("append").save(path)
-    assert counts(fs.materialize_incremental(END)) == (4, 1, 2, 0, 0)
+    assert counts(fs.materialize_incremental(END)) == (1, 1, 0, 0, 0)
     assert online(fs, [1, 2, 3]) == [11, 20, 30]
     assert counts(fs.materialize_incremental(END)) == (0, 0, 0, 0, 0)
 
@@ -315,18 +317,202 @@ def test_two_materializations_at_once_end_as_one(fs: FeatureStore, folder: Path,
     assert online(fs, users) == newest
 
 
+# ---- what is not true any more
+
+
+def rebuilt(fs: FeatureStore, folder: Path, rows: Sequence[tuple[Any, ...]]) -> MaterializeResult:
+    """The source holds just these rows; all is built again and what has changed published."""
+    put(folder, rows)
+    fs.build(start=START, end=END)
+    (result,) = fs.materialize_incremental(END)
+    return result
+
+
+def test_a_row_that_is_gone_uncovers_the_one_before(fs: FeatureStore, folder: Path, spark: SparkSession) -> None:
+    """Rows deleted at the source: the older one is served again, or none; late copies of what was sent cannot undo it."""
+    old, new = START + HOUR, START + DAY
+    put(folder, [(1, old, 10), (1, new, 11), (2, new, 20), (3, old, 30), (3, new, 31), (4, new, 40)])
+    fs.materialize_incremental(END)
+    view = fs.registry.state().require_view("spend")
+    before = FeatureTable(spark, feature_table_path(fs.environment.offline_root, view), view)
+    sent = before.read(before.version())
+
+    result = rebuilt(fs, folder, [(1, old, 10), (3, new, 31), (4, new, 40)])
+    # Of user 3 an older row is gone, which changes nothing online.
+    assert (result.withdrawn, result.applied, result.rows_read) == (2, 0, 0)
+    assert online(fs, [1, 2, 3, 4]) == [10, "NOT_FOUND", 31, 40]
+    late, _ = publish_rows(view, sent, OnlineTarget.of(fs.online_url(), view))
+    assert (late.fenced, late.stale, late.equal) == (2, 0, 2)
+    assert online(fs, [1, 2, 3, 4]) == [10, "NOT_FOUND", 31, 40]
+
+    result = rebuilt(fs, folder, [(1, old, 10), (1, new - HOUR, 12), (2, old, 21), (3, new, 31), (4, new, 40)])
+    assert (result.withdrawn, result.applied) == (0, 2)
+    assert online(fs, [1, 2, 3, 4]) == [12, 21, 31, 40]
+    assert fs.registry.generation(view) == 2
+
+
+def test_an_event_time_that_was_corrected_backwards_gets_through(fs: FeatureStore, folder: Path) -> None:
+    """The row with the wrong, later time is gone, so the one with the right time counts, though it is older."""
+    put(folder, [(1, START + 5 * HOUR, 10)])
+    fs.materialize_incremental(END)
+    assert rebuilt(fs, folder, [(1, START + 2 * HOUR, 11)]).withdrawn == 1
+    assert online(fs, [1]) == [11]
+
+
+def test_a_view_without_keys_may_lose_its_row(folder: Path, spark: SparkSession) -> None:
+    """It has one entity; the row before is served, then none."""
+    fs = open_project(folder, EVERY_TYPE, spark)
+    fs.apply()
+    schema = pa.schema([("at", INSTANT), ("euro", pa.decimal128(6, 4))])
+    first, second = (START, Decimal("1.0001")), (START + HOUR, Decimal("1.2345"))
+
+    def served(*rows: tuple[datetime, Decimal]) -> Decimal | None:
+        put(folder, rows, schema, "rates") if rows else write_empty(folder, schema, "rates")
+        fs.build(["rate"], start=START, end=END)
+        fs.materialize_incremental(END, ["rate"])
+        value: Decimal | None = fs.get_online_features(["rate:euro"], [{}]).to_dict()["euro"][0]
+        return value
+
+    assert [served(first, second), served(first), served()] == [second[1], first[1], None]
+
+
+def write_empty(folder: Path, schema: pa.Schema, source: str) -> None:
+    """Leave the source without a row."""
+    pq.write_table(schema.empty_table(), folder / "data" / source / "part.parquet")
+
+
+def test_older_values_replace_newer_ones_only_by_a_restatement(fs: FeatureStore, folder: Path) -> None:
+    """It goes by the interval: keys without a row there stay as they are; what comes later counts as ever."""
+    middle = START + DAY
+    put(folder, [(1, START, 10), (1, middle, 11), (2, middle, 20)])
+    fs.materialize_incremental(END)
+    assert counts(fs.materialize(START, middle)) == (0, 0, 0, 0, 0)
+    assert counts(fs.materialize(START, middle, everything=True)) == (1, 0, 0, 1, 0)
+    assert online(fs, [1, 2]) == [11, 20]
+    assert counts(fs.materialize(START, middle, restate=True)) == (1, 1, 0, 0, 0)
+    assert online(fs, [1, 2]) == [10, 20]
+    assert counts(fs.materialize_incremental(END)) == (0, 0, 0, 0, 0)
+    rebuilt(fs, folder, [(1, START, 10), (1, middle, 12), (2, middle, 20)])
+    assert online(fs, [1, 2]) == [12, 20]
+
+
+def test_erased_entities_stay_away_whatever_runs(folder: Path, spark: SparkSession) -> None:
+    """From all versions of the view: later runs, backfills, rebuilds and late copies bring nothing back, until it is undone."""
+    pinned = "    model = FeatureService('model', [spend])\n"
+    open_project(folder, SPEND + pinned, spark).apply()
+    changed = SPEND.replace("payments)", "payments, transformation='SELECT user_id, at, -amount AS amount FROM {source}')")
+    fs = open_project(folder, changed + pinned, spark)
+    fs.apply()
+    put(folder, [(1, START, 10), (2, START, 20)])
+    fs.materialize_incremental(END)
+
+    def served() -> list[Any]:
+        return [*online(fs, [1, 2], "spend@1:amount"), *online(fs, [1, 2], "spend@2:amount")]
+
+    absent = ["NOT_FOUND", 20, "NOT_FOUND", -20]
+    assert fs.erase("spend", {"user_id": [1]}) == {"view": "spend", "entities": 1, "online_keys": 2}
+    assert served() == absent
+    fs.materialize(START, END, everything=True)
+    fs.materialize(START, END, restate=True)
+    put(folder, [(1, START, 11), (1, START + HOUR, 12), (2, START, 20)])
+    fs.build(start=START, end=END)
+    fs.materialize_incremental(END)
+    view = fs.registry.state().require_view("spend")
+    late = spark.createDataFrame([(1, END, None, 7, 1)], "user_id bigint, event_timestamp timestamp, "
+        "created_timestamp timestamp, amount bigint, _build int")  # fmt: skip
+    assert publish_rows(view, late, OnlineTarget.of(fs.online_url(), view))[0].fenced == 1
+    assert served() == absent
+
+    fs.erase("spend", [{"user_id": 1}], undo=True)
+    assert served() == absent
+    fs.materialize(START, END, everything=True)
+    assert served() == [12, 20, -12, -20]
+    with pytest.raises(InvalidError, match="SFS-606"):
+        fs.erase("spend", [{"user_id": None}])
+    with pytest.raises(InvalidError, match="SFS-607"):
+        fs.erase("spend", [{"user": 1}])
+
+
+@pytest.mark.parametrize("what", ["files", "log"])
+def test_an_old_version_that_was_cleaned_up_is_done_without(
+    fs: FeatureStore, folder: Path, spark: SparkSession, what: str
+) -> None:
+    """What was published cannot be looked at any more: all rows are offered, and the run says what it could not find out."""
+    put(folder, [(1, START, 10), (2, START, 20)])
+    fs.materialize_incremental(END)
+    put(folder, [(1, START, 11), (3, START, 30)])
+    fs.build(start=START, end=END)
+    view = fs.registry.state().require_view("spend")
+    path = feature_table_path(fs.environment.offline_root, view)
+    if what == "files":
+        spark.conf.set("spark.databricks.delta.retentionDurationCheck.enabled", "false")
+        spark.sql(f"VACUUM delta.`{path}` RETAIN 0 HOURS")
+        spark.conf.unset("spark.databricks.delta.retentionDurationCheck.enabled")
+    else:
+        log = Path(path, "_delta_log")
+        spark.sql(f"ALTER TABLE delta.`{path}` SET TBLPROPERTIES ('delta.checkpointInterval' = '1')")
+        spark.sql(f"ALTER TABLE delta.`{path}` SET TBLPROPERTIES ('spark_fs.note' = 'x')")
+        newest = max(log.glob("*.checkpoint.parquet")).name.partition(".")[0]
+        for file in log.glob("*.json"):
+            if file.stem < newest:
+                file.unlink()
+    (result,) = fs.materialize_incremental(END)
+    assert "is gone" in result.note
+    assert (result.applied, result.withdrawn) == (2, 0)
+    assert online(fs, [1, 2, 3]) == [11, 20, 30]
+    assert fs.materialize_incremental(END)[0].note == ""
+
+
+class BusyRegistry(Registry):
+    """A registry in which another run of the view is always a moment quicker, until it has been so ``times`` times."""
+
+    times = 0
+
+    def set_published(self, view: ViewSpec, before: Published | None, after: Published) -> bool:
+        if self.times:
+            self.times -= 1
+            longer = Interval(START, END + (self.times + 1) * HOUR)
+            assert super().set_published(view, before, replace(after, intervals=(longer,)))
+        return super().set_published(view, before, after)
+
+
+def test_a_run_that_others_overtake_looks_again_and_ends(fs: FeatureStore, folder: Path, spark: SparkSession) -> None:
+    """What is noted as published is never more than what one run has seen; after three times it gives up, with all written."""
+    put(folder, [(1, START, 10)])
+    fs.build(end=END)
+    registry = BusyRegistry(fs.environment.registry_url, fs.project)
+    view = fs.registry.state().require_view("spend")
+    table = FeatureTable(spark, feature_table_path(fs.environment.offline_root, view), view)
+    target, interval = OnlineTarget.of(fs.online_url(), view), Interval(START, END)
+    registry.times = 2
+    result = materialize_view(registry, table, target, interval)
+    assert registry.published(view) == Published(result.table_version, (Interval(START, END + 2 * HOUR),))
+    registry.times = 3
+    with pytest.raises(ConflictError, match="SFS-615"):
+        materialize_view(registry, table, target, interval)
+    assert online(fs, [1]) == [10]
+
+
 # ---- any order of all that
+
+#: Generation, event hour, build and value of a row online; no value: a tombstone.
+Row = tuple[int, int, int, int | None]
 
 
 @dataclass
 class Model:
-    """Source, feature table and online store as dicts: (user, event hour) → value, and user → (event, build, value)."""
+    """Source, feature table and online store as dicts: (user, event hour) → value, (build, value), and user → row."""
 
     source: dict[tuple[int, int], int]
     table: dict[tuple[int, int], tuple[int, int]]
-    online: dict[int, tuple[int, int, int]]
+    online: dict[int, Row]
+    erased: set[int]
     covered: int = 0
     build: int = 0
+    generation: int = 1
+    known: dict[tuple[int, int], tuple[int, int]] = field(default_factory=dict)
+    hours: set[int] = field(default_factory=set)
+    sent: list[tuple[int, dict[tuple[int, int], tuple[int, int]]]] = field(default_factory=list)
 
     def rebuild(self, start: int, end: int) -> None:
         self.build += 1
@@ -338,24 +524,56 @@ class Model:
             self.rebuild(self.covered, end)
             self.covered = end
 
-    def publish(self, start: int, end: int) -> None:
+    def newest(self, user: int, hours: set[int]) -> Row | None:
+        """The user's newest row in the table, as a run of the model's generation offers it."""
+        rows = [(self.generation, event, *row) for (of, event), row in self.table.items() if of == user and event in hours]
+        return max(rows, default=None, key=lambda row: row[1])
+
+    def offer(self, user: int, row: Row | None, *, restate: bool = False) -> None:
+        """What the guarded write does."""
+        there = self.online.get(user)
+        if row is None or (user in self.erased and row[3] is not None):
+            return
+        if there is None or (restate and row[0] > there[0]) or (row[1:3] > there[1:3] and row[0] >= there[0]):
+            self.online[user] = row
+
+    def publish(self, users: Sequence[int], start: int, end: int, *, restate: bool = False, everything: bool = False) -> None:
         self.cover(end)
-        for (user, event), (build, value) in self.table.items():
-            if start <= event < end:
-                self.online[user] = max(self.online.get(user, (-1, -1, -1)), (event, build, value))
+        wanted, began = set(range(start, end)), self.generation
+        if restate:
+            self.generation += 1
+        for user in users:
+            self.offer(user, self.newest(user, wanted if restate or everything else wanted - self.hours), restate=restate)
+        changed = {p: row for p, row in self.table.items() if p[1] in self.hours and self.known.get(p, (0, None))[1] != row[1]}
+        for user in users:
+            self.offer(user, self.newest(user, {event for of, event in changed if of == user}))
+        lost = {of for of, event in self.known if event in self.hours and (of, event) not in self.table}
+        self.hours |= wanted
+        if lost:
+            self.generation += 1
+        for user in lost - self.erased:
+            self.offer(user, self.newest(user, self.hours) or (self.generation, -1, -1, None), restate=True)
+        self.known = dict(self.table)
+        self.sent.append((began, {place: row for place, row in self.known.items() if place[1] in self.hours}))
 
 
-@pytest.mark.parametrize("seed", [20130701])
-def test_any_sequence_ends_as_the_model_says(fs: FeatureStore, folder: Path, seed: int) -> None:
-    """Rows, late rows, corrections, builds and runs in random order: after each run every key is as a dict has it."""
+@pytest.mark.parametrize(("seed", "restatements"), [(20130701, False), (20130702, True)])
+def test_any_sequence_ends_as_the_model_says(fs: FeatureStore, folder: Path, seed: int, restatements: bool) -> None:
+    """Rows of all kinds, deletions, builds, runs, erasures, late copies and restatements in random order.
+
+    After each step that publishes every key is as a dict has it; without restatements that is the newest row of the table.
+    """
     choose, users = random.Random(seed), range(4)
-    model, now = Model({(0, 0): 0}, {}, {}), 1
+    model, now = Model({(0, 0): 0}, {}, {}, set()), 1
     put(folder, [(0, START, 0)])
-    steps = ["append", "late", "correct", "build", "rebuild", "materialize", "incremental"] * 4
+    view = fs.registry.state().require_view("spend")
+    steps = ["append", "append", "late", "correct", "delete", "rebuild", "materialize", "incremental", "late copy"]
+    steps = [*steps * 3, "everything", "erase", "undo", *["restate"] * (3 * restatements)]
     choose.shuffle(steps)
-    for value, step in enumerate([*steps, "incremental"], 1):
+    for value, step in enumerate([*steps, "build", "incremental"], 1):
         start = choose.randrange(now)
         end = choose.randrange(start + 1, now + 1)
+        moments = START + start * HOUR, START + end * HOUR
         if step == "append":
             model.source[choose.choice(users), now] = value
             now += 1
@@ -363,25 +581,58 @@ def test_any_sequence_ends_as_the_model_says(fs: FeatureStore, folder: Path, see
             model.source[choose.choice(users), start] = value
         elif step == "correct":
             model.source[choose.choice(sorted(model.source))] = value
-        if step in ("append", "late", "correct"):
+        elif step == "delete" and len(model.source) > 1:
+            del model.source[choose.choice(sorted(model.source))]
+        if step in ("append", "late", "correct", "delete"):
             put(folder, [(user, START + hour * HOUR, amount) for (user, hour), amount in model.source.items()])
         elif step == "build":
-            fs.build(end=START + now * HOUR)
-            model.cover(now)
+            fs.build(start=START, end=START + now * HOUR)
+            model.rebuild(0, now)
+            model.covered = now
         elif step == "rebuild" and end <= model.covered:
-            fs.build(start=START + start * HOUR, end=START + end * HOUR)
+            fs.build(start=moments[0], end=moments[1])
             model.rebuild(start, end)
         elif step == "materialize":
-            fs.materialize(START + start * HOUR, START + end * HOUR)
-            model.publish(start, end)
+            fs.materialize(*moments)
+            model.publish(users, start, end)
+        elif step == "everything":
+            fs.materialize(*moments, everything=True)
+            model.publish(users, start, end, everything=True)
+        elif step == "restate":
+            fs.materialize(*moments, restate=True)
+            model.publish(users, start, end, restate=True)
         elif step == "incremental":
             fs.materialize_incremental(START + now * HOUR)
-            model.publish(0, now)
-        if step in ("materialize", "incremental"):
-            expected = [model.online[user][2] if user in model.online else "NOT_FOUND" for user in users]
-            assert online(fs, users) == expected, f"after {step} [{start}, {end}) of hour {now}, seed {seed}"
-    newest = [max((event, row[1]) for (u, event), row in model.table.items() if u == user)[1] for user in users]
-    assert online(fs, users) == newest
+            model.publish(users, 0, now)
+        elif step == "erase":
+            fs.erase("spend", {"user_id": [3]})
+            model.erased, model.online[3] = {3}, (2**32 - 1, -1, -1, None)
+        elif step == "undo" and model.erased:
+            fs.erase("spend", {"user_id": [3]}, undo=True)
+            model.erased = set()
+            del model.online[3]
+        elif step == "late copy" and model.sent:
+            generation, table = choose.choice(model.sent)
+            rows = [(user, START + hour * HOUR, build, amount) for (user, hour), (build, amount) in table.items()]
+            copies = batch(
+                [b"%d" % user for user, *_ in rows],
+                [event for _, event, *_ in rows],
+                builds=[build for _, _, build, _ in rows],
+                features=view.features,
+                amount=[amount for *_, amount in rows],
+            )
+            write_batches(iter([copies]), OnlineTarget.of(fs.online_url(), view, generation=generation))
+            erased, model.erased = model.erased, set()
+            for (user, hour), (build, amount) in table.items():
+                model.offer(user, (generation, hour, build, amount))
+            model.erased = erased
+        if step not in ("append", "late", "correct", "delete", "build", "rebuild"):
+            served = [model.online.get(user, (0, 0, 0, None))[3] for user in users]
+            expected = ["NOT_FOUND" if amount is None else amount for amount in served]
+            assert online(fs, users) == expected, f"after {step} [{start}, {end}) of hour {now}, step {value}, seed {seed}"
+        if step == "incremental" and not restatements:
+            newest = [model.newest(user, set(range(now))) for user in users]
+            assert expected == [row[3] if row and user not in model.erased else "NOT_FOUND" for user, row in enumerate(newest)]
 
 
 # ---- what goes wrong
@@ -397,7 +648,7 @@ def refused(fs: FeatureStore, spark: SparkSession) -> SparkFSError:
     finally:
         spark.sparkContext.setLocalProperty("spark.jobGroup.id", "")
     assert list(spark.sparkContext.statusTracker().getJobIdsForGroup(group)) == []
-    assert fs.registry.watermark(fs.registry.state().require_view("spend")) is None
+    assert fs.registry.published(fs.registry.state().require_view("spend")) is None
     assert [run for run in fs.registry.runs() if run["state"] != "failed"] == []
     return caught.value
 
@@ -444,7 +695,7 @@ def test_a_full_server_fails_the_run_and_the_next_one_completes_it(tmp_path: Pat
             fs.materialize_incremental(END)
         assert caught.value.code == "SFS-603"
         assert "spend@1" in str(caught.value)
-        assert fs.registry.watermark(fs.registry.state().require_view("spend")) is None
+        assert fs.registry.published(fs.registry.state().require_view("spend")) is None
         assert {run["kind"]: run["state"] for run in fs.registry.runs()} == {"build": "done", "materialize": "failed"}
         written = client.dbsize()
         assert 0 < written < 20_000
@@ -475,7 +726,7 @@ def test_a_failing_view_does_not_stop_the_others(folder: Path, spark: SparkSessi
             put(folder, [(1, at, [number] * (3 if name == poisoned else 2))], VECTOR_ROWS, name)
 
     def marks() -> dict[str, Any]:
-        return {name: fs.registry.watermark(fs.registry.state().require_view(name)) for name in names}
+        return {name: fs.registry.published(fs.registry.state().require_view(name)) for name in names}
 
     def failing(name: str, code: str, end: datetime) -> None:
         before = marks()

@@ -26,7 +26,7 @@ from spark_fs.errors import ConflictError, InvalidError, SparkFSError
 from spark_fs.files import feature_table_path
 from spark_fs.intervals import UTC
 from spark_fs.offline.sources import source_bytes
-from spark_fs.offline.table_log import builds_since, can_be_read_in_place
+from spark_fs.offline.table_log import can_be_read_in_place, changed_since
 from spark_fs.offline.tables import FeatureTable
 from spark_fs.offline.transaction import Transaction
 from spark_fs.online import server
@@ -182,7 +182,7 @@ def test_each_bucket_becomes_one_sorted_file_and_no_row_changes(store: FeatureSt
     assert_in_order(store)
 
     log = table.commits()
-    assert builds_since(log, version) == set()
+    assert changed_since(log, version) == []
     assert can_be_read_in_place(log)
     with Path(table.path, "_delta_log", f"{version + 1:020}.json").open() as lines:
         actions = [action for line in lines for kind, action in json.loads(line).items() if kind in ("add", "remove")]
@@ -262,7 +262,7 @@ def test_a_table_gets_another_number_of_buckets(store: FeatureStore, tmp_path: P
     assert rows_of(store) == rows == rows_of(store, version)
     assert_in_order(store)
     log = table.commits()
-    assert builds_since(log, version) == set()
+    assert changed_since(log, version) == []
     assert can_be_read_in_place(log)
 
     pay(tmp_path, every_hour(hours=[*HOURS, 6]))
@@ -330,7 +330,7 @@ def test_a_build_that_commits_first_is_kept(
     assert (result.table_version, result.rewritten, result.files[1]) == (version + 2, 4, 8)
     assert len(rows_of(store)) == len(every_hour(hours=range(8)))
     log = table_of(store).commits()
-    assert builds_since(log, version) == {4}
+    assert [commit.build for commit in log if commit.version > version and commit.changes_rows] == [4]
     assert not can_be_read_in_place(log)
     optimized(store)
     assert_in_order(store)
@@ -389,7 +389,7 @@ def test_an_upkeep_may_commit_while_a_build_runs(spark: SparkSession, tmp_path: 
         hold.unlink()
         (done,) = running.result(timeout=120)
     assert (result.rewritten, done.rows_written) == (buckets or 4, 2 * 2 * len(USERS))
-    assert builds_since(table_of(store).commits(), result.table_version) == {3}
+    assert [commit.build for commit in table_of(store).commits() if commit.version > result.table_version] == [3]
     assert len(rows_of(store)) == len(every_hour())
     optimized(store)
     assert_in_order(store)

@@ -2,15 +2,29 @@
 
 from __future__ import annotations
 
+import json
+from dataclasses import replace
+from datetime import datetime, timedelta, timezone
+
 import pytest
 
 from spark_fs.build import choose_buckets, plan_rewrite
-from spark_fs.offline.table_log import Commit, Rewrite, builds_since, can_be_read_in_place, files_are_sorted
+from spark_fs.intervals import BEGINNING, Interval
+from spark_fs.offline.table_log import Commit, Rewrite, can_be_read_in_place, changed_since, files_are_sorted, parse_commit
 
 
 def log(*operations: tuple, first: int = 0) -> list[Commit]:
-    """A log, newest first, of commits given oldest first, each as (operation, build, whether in order, rewrite)."""
-    return [Commit(first + n, *fields) for n, fields in enumerate(operations)][::-1]
+    """A log, newest first, of commits given oldest first, each as (operation, build, whether in order, rewrite).
+
+    Build n is of the interval ``hours(n)``.
+    """
+    commits = [Commit(first + n, *fields) for n, fields in enumerate(operations)][::-1]
+    return [replace(commit, interval=hours(commit.build) if commit.build else None) for commit in commits]
+
+
+def hours(first: int, past: int | None = None) -> Interval:
+    begin = datetime(2024, 1, 1, tzinfo=timezone.utc)
+    return Interval(begin + timedelta(hours=first), begin + timedelta(hours=past or first + 1))
 
 
 CREATED, COMPACTED, VACUUMED = ("CREATE TABLE", None), ("OPTIMIZE", None), ("VACUUM END", None)
@@ -24,28 +38,38 @@ def rewritten(read_version: int) -> tuple:
     return ("WRITE", None, True, Rewrite(read_version, 4, (0, 1)))
 
 
-def test_the_builds_after_a_version_are_new():
+def test_the_intervals_of_builds_after_a_version_are_new():
     """Only commits after the version count, whatever the order in which their builds began."""
-    commits = log(CREATED, ("WRITE", 1), ("WRITE", 3), ("WRITE", 2))
-    assert builds_since(commits, 1) == {2, 3}
-    assert builds_since(commits, 3) == set()
+    commits = log(CREATED, ("WRITE", 1), ("WRITE", 4), ("WRITE", 2))
+    assert changed_since(commits, 1) == [hours(2), hours(4)]
+    assert changed_since(commits, 0) == [hours(1, 3), hours(4)]
+    assert changed_since(commits, 3) == []
 
 
 @pytest.mark.parametrize("operation", ["OPTIMIZE", "VACUUM START", "VACUUM END", "SET TBLPROPERTIES"])
 def test_what_changes_no_row_is_not_new(operation):
     """Housekeeping gives nothing to publish."""
-    assert builds_since(log(CREATED, ("WRITE", 1), (operation, None)), 1) == set()
+    assert changed_since(log(CREATED, ("WRITE", 1), (operation, None)), 1) == []
 
 
-def test_a_foreign_change_makes_everything_new():
-    """Rows that somebody else wrote have no build of ours: the log cannot tell which they are."""
-    assert builds_since(log(CREATED, ("WRITE", 1), ("DELETE", None)), 1) is None
+def test_a_foreign_change_may_be_anywhere():
+    """The log does not tell which rows somebody else wrote."""
+    assert changed_since(log(CREATED, ("WRITE", 1), ("DELETE", None)), 1) is None
 
 
 def test_a_log_that_was_cleaned_up_cannot_tell():
-    """Commits that are gone may have been builds."""
-    assert builds_since(log(("WRITE", 8), ("WRITE", 9), first=8), 5) is None
-    assert builds_since(log(("WRITE", 8), ("WRITE", 9), first=8), 7) == {8, 9}
+    """Commits that are gone may have been builds; nor can the log of a table that was made anew."""
+    assert changed_since(log(("WRITE", 8), ("WRITE", 9), first=8), 5) is None
+    assert changed_since(log(("WRITE", 8), ("WRITE", 9), first=8), 7) == [hours(8, 10)]
+    assert changed_since(log(CREATED, ("WRITE", 1)), 7) is None
+
+
+def test_a_build_tells_its_interval():
+    """As it was noted with the commit, from the beginning on too."""
+    note = {"view": "v@1", "build": 3, "interval": ["beginning", "2024-01-01T00:00:00.000001Z"], "in_order": True}
+    commit = parse_commit(5, "WRITE", None, json.dumps(note))
+    assert commit.interval == Interval(BEGINNING, datetime(2024, 1, 1, microsecond=1, tzinfo=timezone.utc))
+    assert (commit.build, commit.in_order) == (3, True)
 
 
 def test_a_table_of_one_build_can_be_read_in_place():
@@ -96,8 +120,8 @@ def test_a_table_can_be_read_in_place_after_an_upkeep():
 def test_an_upkeep_gives_nothing_to_publish():
     """It moves rows and changes none; the builds around it count as ever."""
     commits = log(CREATED, built(1), built(2), rewritten(1), built(3))
-    assert builds_since(commits, 2) == {3}
-    assert builds_since(commits[1:], 2) == set()
+    assert changed_since(commits, 2) == [hours(3)]
+    assert changed_since(commits[1:], 2) == []
 
 
 @pytest.mark.parametrize(
