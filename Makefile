@@ -26,8 +26,8 @@ setup: .venv/.installed ## The same, and fetch the Delta jars into .spark_fs/jar
 demo: setup ## Run the worked example on real data, from definitions to online features
 	@$(BIN)/python feature_repo/demo/run.py
 
-test: setup ## Run all tests; the slowest are listed at the end
-	@$(BIN)/python -m pytest tests
+test: setup ## Run all tests, two files at a time; the slowest are listed at the end
+	@$(BIN)/python -m pytest -n 2 --dist loadfile tests
 
 check: lint types test-fast ## What to run before a commit: format, lint, types, fast tests
 

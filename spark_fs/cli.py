@@ -7,20 +7,18 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
-from spark_fs import console, machine
-from spark_fs.command import open_store, output_option, run, submit_job, submitted
+from spark_fs import console, machine, publishing
+from spark_fs.command import open_store, output_option, repeated, run, submit_job, submitted
 from spark_fs.errors import ExitCode, InvalidError, Problem
 
 if TYPE_CHECKING:
-    from spark_fs.online.read import OnlineResponse
     from spark_fs.store import FeatureStore
-    from spark_fs.types import ValueType
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -47,10 +45,6 @@ def main(context: click.Context, repo: str, env: str | None, debug: bool) -> Non
     4 quality gate, 5 drift, 6 conflict, 7 partly done, 130 interrupted.
     """
     context.obj = {"repo": repo, "env": env, "debug": debug}
-
-
-def _repeated(option: str, values: Iterable[str]) -> list[str]:
-    return [text for value in values for text in (f"--{option}", value)]
 
 
 @main.command()
@@ -190,7 +184,7 @@ def build(
     """
     if missing:
         run(context, lambda: _show_missing(open_store(context), view, end, output))
-    arguments = _repeated("view", view) + _repeated("start", filter(None, [start])) + _repeated("end", filter(None, [end]))
+    arguments = repeated("view", view) + repeated("start", filter(None, [start])) + repeated("end", filter(None, [end]))
     submit_job(context, "build", arguments, output, print_only=print_only)
 
 
@@ -232,7 +226,7 @@ def optimize(context: click.Context, views: tuple[str, ...], buckets: int | None
       spark-fs optimize
       spark-fs optimize weather --buckets 64
     """
-    arguments = _repeated("view", views) + _repeated("buckets", [str(buckets)] if buckets else [])
+    arguments = repeated("view", views) + repeated("buckets", [str(buckets)] if buckets else [])
     submit_job(context, "optimize", arguments, output, print_only=print_only)
 
 
@@ -266,7 +260,7 @@ def dataset_create(
     """
     kind = "service" if len(features) == 1 and ":" not in features[0] else "feature"
     arguments = ["--name", name, "--entities", entities, "--description", description, "--strategy", strategy]
-    arguments += _repeated(kind, features)
+    arguments += repeated(kind, features)
     flags = {"full-feature-names": full_feature_names, "known-at": known_at, "explain": explain}
     arguments += [f"--{flag}" for flag, given in flags.items() if given]
     submit_job(context, "dataset_create", arguments, output, print_only=print_only)
@@ -315,140 +309,8 @@ def dataset_verify(context: click.Context, name: str, version: int | None, outpu
     \b
     Example:  spark-fs dataset verify delays --version 3
     """
-    arguments = ["--name", name, *_repeated("version", [str(version)] if version else [])]
+    arguments = ["--name", name, *repeated("version", [str(version)] if version else [])]
     submit_job(context, "dataset_verify", arguments, output, print_only=print_only)
-
-
-@main.command()
-@click.argument("start")
-@click.argument("end")
-@click.option("--view", multiple=True, help="Only this feature view; may be repeated.")
-@click.option("--restate", is_flag=True, help="Let these values replace newer ones.")
-@click.option("--all", "everything", is_flag=True, help="Send also what was published before and has not changed.")
-@submitted
-@click.pass_context
-def materialize(
-    context: click.Context,
-    start: str,
-    end: str,
-    view: tuple[str, ...],
-    restate: bool,
-    everything: bool,
-    output: str,
-    print_only: bool,
-) -> None:
-    r"""Publish the newest values with event times in [START, END) to the online store; builds what is missing first.
-
-    \b
-    Examples:  spark-fs materialize 2013-01-01 2014-01-01
-               spark-fs materialize 2013-01-01 2013-07-01 --view weather --restate
-    """
-    arguments = ["--start", start, "--end", end, *_repeated("view", view)]
-    arguments += [*(["--restate"] if restate else []), *(["--everything"] if everything else [])]
-    submit_job(context, "materialize", arguments, output, print_only=print_only)
-
-
-@main.command("materialize-incremental")
-@click.argument("end", required=False)
-@click.option("--view", multiple=True, help="Only this feature view; may be repeated.")
-@submitted
-@click.pass_context
-def materialize_incremental(
-    context: click.Context, end: str | None, view: tuple[str, ...], output: str, print_only: bool
-) -> None:
-    r"""Publish what builds have added, corrected or removed since the last run, however old, up to END (default: now).
-
-    \b
-    Example:  spark-fs materialize-incremental
-    """
-    arguments = _repeated("end", [end] if end else []) + _repeated("view", view)
-    submit_job(context, "materialize", arguments, output, print_only=print_only)
-
-
-@main.command("get-online-features")
-@click.option("--features", "features", multiple=True, required=True, help="view:feature (repeat it), or one service.")
-@click.option("--entity", "entities", multiple=True, required=True, help="One entity: key=value[,key=value]; repeat it.")
-@click.option("--full-feature-names", is_flag=True, help="Name columns view__feature.")
-@output_option
-@click.pass_context
-def get_online_features(
-    context: click.Context, features: tuple[str, ...], entities: tuple[str, ...], full_feature_names: bool, output: str
-) -> None:
-    r"""Read the newest published values; starts no Spark.
-
-    \b
-    Example:  spark-fs get-online-features --features weather:wind_mph --entity origin=JFK --entity origin=EWR
-    """
-
-    def act() -> None:
-        store = open_store(context)
-        wanted = features[0] if len(features) == 1 and ":" not in features[0] else list(features)
-        rows = _entity_rows(store, wanted, entities)
-        response = store.get_online_features(wanted, rows, full_feature_names=full_feature_names)
-        if output == "json":
-            click.echo(json.dumps(response.to_json(), indent=2, ensure_ascii=False, default=str))
-        else:
-            console.show(_online_rows(response), output)
-
-    run(context, act)
-
-
-def _online_rows(response: OnlineResponse) -> list[dict[str, Any]]:
-    """One row per entity: its values, and where there is none the status that says why."""
-    columns, statuses = response.to_dict(), response.statuses
-    for name, states in statuses.items():
-        columns[name] = [value if state == "PRESENT" else state for value, state in zip(columns[name], states, strict=True)]
-    return [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
-
-
-def _entity_rows(store: FeatureStore, features: Any, entities: tuple[str, ...]) -> list[dict[str, Any]]:
-    """Entity rows from ``key=value,key=value`` texts, each value in its join key's type."""
-    types = {
-        spine_key: key.type
-        for selection in store.resolve_features(features)
-        for spine_key, key in zip(selection.spine_keys, selection.view.keys, strict=True)
-    }
-    rows = []
-    for entity in entities:
-        pairs = dict(part.partition("=")[::2] for part in entity.split(","))
-        rows.append({name: _key_value(name, value, types) for name, value in pairs.items()})
-    return rows
-
-
-def _key_value(name: str, value: str, types: Mapping[str, ValueType]) -> Any:
-    if name not in types:
-        return value  # other columns come back as they are
-    try:
-        return types[name].from_text(value)
-    except ValueError as error:
-        raise InvalidError.of("SFS-606", f"'{name}={value}' is no {types[name]}.", why=f"{error}.") from error
-
-
-@main.command()
-@click.argument("view")
-@click.argument("entities", nargs=-1, required=True)
-@click.option("--undo", is_flag=True, help="Allow these entities to be published again.")
-@output_option
-@click.pass_context
-def erase(context: click.Context, view: str, entities: tuple[str, ...], undo: bool, output: str) -> None:
-    r"""Remove ENTITIES (key=value[,key=value]) of a VIEW from the online store, for good: no later run brings them back.
-
-    Feature tables and sources are not touched: delete the rows there as well.
-
-    \b
-    Examples:  spark-fs erase user_spend user_id=4711 user_id=4712
-               spark-fs erase user_spend user_id=4711 --undo
-    """
-
-    def act() -> None:
-        from spark_fs.store import parse_reference
-
-        store = open_store(context)
-        spec = store.registry.state().require_view(parse_reference(view)[0])
-        rows = _entity_rows(store, [f"{spec.name}:{spec.feature_names[0]}"], entities)
-        console.show([store.erase(view, rows, undo=undo)], output)
-
-    run(context, act)
 
 
 @main.command()
@@ -497,5 +359,5 @@ def destroy(context: click.Context, view: str, yes: bool, output: str) -> None:
     run(context, act)
 
 
-for _command in (machine.online, machine.jars, machine.doctor, machine.submit):
+for _command in (*publishing.COMMANDS, machine.online, machine.jars, machine.doctor, machine.submit):
     main.add_command(_command)

@@ -65,3 +65,8 @@ def submit_job(context: click.Context, job: str, arguments: Iterable[str], outpu
         sys.exit(command.run_job())
 
     run(context, act)
+
+
+def repeated(option: str, values: Iterable[str]) -> list[str]:
+    """The option once for each value, as arguments of a job."""
+    return [text for value in values for text in (f"--{option}", value)]

@@ -276,7 +276,7 @@ def online_store(url: str | None) -> Check:
     """Whether the online store answers, is new enough, and does not drop features when it is full."""
     if url is None:
         return Check("online store", None, "the embedded server does not run; start it with spark-fs online start")
-    from spark_fs.online.redis_store import check_server
+    from spark_fs.online.connect import check_server
 
     try:
         report = check_server(url, socket_timeout_seconds=_TIMEOUT_SECONDS)
@@ -308,7 +308,7 @@ def clock(online_url: str | None) -> Check:
 def _server_seconds(url: str | None) -> float | None:
     if url is None:
         return None
-    from spark_fs.online.redis_store import open_client, redis_errors
+    from spark_fs.online.connect import open_client, redis_errors
 
     try:
         with redis_errors(), open_client(url, socket_timeout_seconds=_TIMEOUT_SECONDS) as client:

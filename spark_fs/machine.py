@@ -55,7 +55,7 @@ def online_status(context: click.Context, output: str) -> None:
 def _show_online(context: click.Context, verb: str, output: str) -> None:
     from spark_fs.errors import without_secrets
     from spark_fs.online import server
-    from spark_fs.online.redis_store import check_server
+    from spark_fs.online.connect import check_server
 
     environment = open_store(context).environment
     configured = environment.config.online

@@ -8,6 +8,7 @@ offers rows that were added or changed, and restates keys that have lost a row.
 from __future__ import annotations
 
 import time
+import uuid
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial, reduce
@@ -18,14 +19,15 @@ from pyspark.sql import Column as SparkColumn
 from pyspark.sql import DataFrame, Observation, Window
 from pyspark.sql import functions as F
 
-from spark_fs.errors import ConflictError
+from spark_fs.errors import ConflictError, SparkFSError
 from spark_fs.files import check_readable
 from spark_fs.intervals import Interval, intersect, merge, missing, text, to_micros
 from spark_fs.offline.changes import changes
 from spark_fs.offline.compute import key_bytes, quoted, within
 from spark_fs.offline.table_log import Commit, can_be_read_in_place, changed_since
 from spark_fs.offline.tables import FeatureTable, observed
-from spark_fs.online import executor
+from spark_fs.online import compare, executor
+from spark_fs.online.connect import has_token, leave_token
 from spark_fs.online.redis_store import COUNTS, OnlineTarget, WriteCounts
 from spark_fs.registry import Published, Registry
 from spark_fs.spec import ViewSpec
@@ -80,17 +82,24 @@ class Publication:
 
 
 def plan_publication(
-    log: Sequence[Commit], known: Published | None, interval: Interval, *, everything: bool = False
+    log: Sequence[Commit],
+    known: Published | None,
+    interval: Interval,
+    *,
+    everything: bool = False,
+    repair: bool = False,
 ) -> Publication:
     """What is to be published for ``interval``, by the table's log (newest first) and what is published already.
 
-    ``everything``: also what was published before, as if the online store had lost it.
+    ``everything``: also what was published of it before; ``repair``: all that was published before.
     """
     version = log[0].version
     if known is None:
         return Publication(version, (interval,), (), None, (interval,))
     changed = changed_since(log, known.table_version)
     compared = known.intervals if changed is None else tuple(intersect(known.intervals, changed))
+    if repair:
+        return Publication(version, known.intervals, compared, known.table_version, known.intervals)
     fresh = (interval,) if everything else tuple(missing(interval, known.intervals))
     return Publication(version, fresh, compared, known.table_version, tuple(merge([*known.intervals, interval])))
 
@@ -103,26 +112,34 @@ def materialize_view(
     *,
     restate: bool = False,
     everything: bool = False,
+    repair: bool = False,
 ) -> MaterializeResult:
     """Publish the rows with event times in the interval, and what has changed of all that was published before.
 
     ``restate``: each key with a row in the interval serves the newest of those from now on, also in the place of a newer one.
+    ``everything``: rows of the interval that were published before are sent again. ``repair``: all published rows are written
+    again, whatever is there, and rows that should not be there go; the interval adds nothing.
+
     Writes are guarded, so the same run can be repeated, overlap others and be interrupted at any point; only a run of which
-    every row is confirmed is noted as published. Raises ConflictError SFS-615 where other runs of the view came in between
-    three times.
+    every row is confirmed is noted as published. Raises SparkFSError SFS-616 where the online store has lost what was
+    published, and ConflictError SFS-615 where other runs of the view came in between three times.
     """
     began, counts, withdrawn, rows_read = time.monotonic(), WriteCounts(), 0, 0
     for _ in range(_ATTEMPTS):
         known = registry.published(table.view)
+        if known and known.token and not repair:
+            _check_not_lost(table.view, target, known.token)
         # In this order: whoever has a generation has looked at the table later than those with a lower one.
         target = replace(target, generation=registry.generation(table.view), erased=registry.erased(table.view))
         log = table.commits()
-        todo = plan_publication(log, known, interval, everything=everything or restate)
+        todo = plan_publication(log, known, interval, everything=everything or restate, repair=repair)
         run = _Run(registry, table, todo, target)
-        run.offer_fresh(in_place=can_be_read_in_place(log), restate=restate)
+        run.offer_fresh(in_place=can_be_read_in_place(log), restate=restate, repair=repair)
         run.offer_changes()
+        if repair:
+            run.bury_extra()
         counts, withdrawn, rows_read = counts + run.counts, withdrawn + run.withdrawn, rows_read + run.rows_read
-        if not run.counts.fenced and registry.set_published(table.view, known, Published(todo.version, todo.intervals)):
+        if not run.counts.fenced and _note(registry, table.view, target, known, todo):
             return MaterializeResult(
                 view=table.view.reference,
                 interval=interval,
@@ -141,6 +158,26 @@ def materialize_view(
     )
 
 
+def _check_not_lost(view: ViewSpec, target: OnlineTarget, token: str) -> None:
+    if not has_token(target.url, target.prefix, token, socket_timeout_seconds=target.socket_timeout_seconds):
+        raise SparkFSError.of(
+            "SFS-616",
+            f"The online store has lost rows of feature view '{view.reference}'.",
+            why="The mark that the last run left there is gone: the server came back without its data, or with older ones.",
+            fix=f"run spark-fs repair {view.reference}",
+        )
+
+
+def _note(registry: Registry, view: ViewSpec, target: OnlineTarget, known: Published | None, done: Publication) -> bool:
+    """Note what is published now; False where another run has noted something else meanwhile."""
+    if known and (known.table_version, known.intervals) == (done.version, done.intervals) and not done.fresh:
+        return True
+    token = uuid.uuid4().hex[:12]
+    # The mark first: with it lost, the rows before it may be lost too.
+    leave_token(target.url, target.prefix, token, socket_timeout_seconds=target.socket_timeout_seconds)
+    return registry.set_published(view, known, Published(done.version, done.intervals, token))
+
+
 class _Run:
     """One attempt: what was offered so far, and what became of it."""
 
@@ -149,13 +186,13 @@ class _Run:
         self.counts, self.withdrawn, self.rows_read = WriteCounts(), 0, 0
         self.note = ""
 
-    def offer_fresh(self, *, in_place: bool, restate: bool) -> None:
-        """Offer all rows of the fresh intervals; a restatement lets them win over newer ones."""
+    def offer_fresh(self, *, in_place: bool, restate: bool, repair: bool) -> None:
+        """Offer all rows of the fresh intervals; a restatement or a repair lets them win over newer ones."""
         todo, target = self._todo, self._target
         if not todo.fresh:
             return
-        if restate:
-            target = replace(target, generation=self._registry.raise_generation(self._table.view), restating=True)
+        if restate or repair:
+            target = self._restating(restates=restate)
         if in_place and len(todo.fresh) == 1 and _opens_without_spark(self._table.path):
             counts, read = publish_files(self._table, todo.version, target, todo.fresh[0])
         else:
@@ -192,9 +229,7 @@ class _Run:
 
     def _withdraw(self, lost: DataFrame) -> None:
         """Serve what the keys have now, the newest of their rows or none, where that is older than what they have lost."""
-        todo, view = self._todo, self._table.view
-        generation = self._registry.raise_generation(view)
-        target = replace(self._target, generation=generation, restating=True)
+        todo, view, target = self._todo, self._table.view, self._restating()
         there = newest_rows(view, self._rows(todo.version, todo.intervals), lost)
         older, _ = _run(there.where(F.col("event_timestamp").isNotNull()), partial(executor.publish_rows, target=target))
         gone = there.where(F.col("event_timestamp").isNull()).select("_key")
@@ -202,8 +237,20 @@ class _Run:
         self.withdrawn += older.applied + older.expired + none.applied
         self.counts += WriteCounts(fenced=older.fenced + none.fenced, bytes=older.bytes + none.bytes)
 
+    def bury_extra(self) -> None:
+        """Put tombstones in the place of rows that no published row of the table stands for."""
+        published = newest_rows(self._table.view, self._rows(self._todo.version, self._todo.intervals))
+        counts, _ = _run(extra_keys(published, self._target), partial(executor.bury_rows, target=self._restating()))
+        self.withdrawn += counts.applied
+        self.counts += WriteCounts(fenced=counts.fenced, bytes=counts.bytes)
+
+    def _restating(self, *, restates: bool = False) -> OnlineTarget:
+        """The target of rows that may replace newer ones, all of what was written before."""
+        generation = self._registry.raise_generation(self._table.view, restates=restates)
+        return replace(self._target, generation=generation, restating=True)
+
     def _rows(self, version: int, intervals: Sequence[Interval]) -> DataFrame:
-        return self._table.read(version).where(_within_any(intervals))
+        return self._table.read(version).where(within_any(intervals))
 
 
 def _is_gone(error: BaseException) -> bool:
@@ -211,7 +258,8 @@ def _is_gone(error: BaseException) -> bool:
     return any(mark in str(error) for mark in _GONE)
 
 
-def _within_any(intervals: Sequence[Interval]) -> SparkColumn:
+def within_any(intervals: Sequence[Interval]) -> SparkColumn:
+    """True for rows whose event time lies in one of the intervals."""
     return reduce(or_, map(within, intervals))
 
 
@@ -244,6 +292,13 @@ def publish_rows(view: ViewSpec, rows: DataFrame, target: OnlineTarget) -> tuple
     newest = newest_rows(view, rows.observe(read, *all_rows))
     counts, _ = _run(newest, partial(executor.publish_rows, target=target))
     return counts, int(observed(read, rows, all_rows)["rows"])
+
+
+def extra_keys(published: DataFrame, target: OnlineTarget) -> DataFrame:
+    """``_key`` of each row that is online though there is none in ``published`` (column ``_key``). One task looks them up."""
+    spark = published.sparkSession
+    stored = spark.range(0, 1, 1, 1).mapInArrow(partial(compare.stored_keys, target=target), "_key binary")
+    return stored.distinct().join(published.select("_key"), "_key", "left_anti")
 
 
 def _run(frame: DataFrame, work: Callable[..., Iterator[Any]]) -> tuple[WriteCounts, int]:

@@ -32,11 +32,13 @@ if TYPE_CHECKING:
     import pandas
     from pyspark.sql import DataFrame, SparkSession
 
+    from spark_fs.audit import AuditResult
     from spark_fs.build import BuildResult, OptimizeResult
     from spark_fs.definitions import FeatureService
     from spark_fs.materialize import MaterializeResult
     from spark_fs.offline.datasets import Dataset, OfflineStore, RetrievalJob
     from spark_fs.online.read import OnlineReader, OnlineResponse
+    from spark_fs.online.redis_store import OnlineTarget
 
 R = TypeVar("R")
 
@@ -208,6 +210,36 @@ class FeatureStore:
         """Publish what is new since the last run, up to ``end`` (exclusive; default: now); builds first."""
         return self._materialize(_interval(BEGINNING, end or datetime.now(timezone.utc)), views)
 
+    def audit(self, views: Iterable[str] | None = None, *, sample: int | None = None) -> list[AuditResult]:
+        """Compare every value online, or those of ``sample`` keys a view, with what was published; changes nothing online.
+
+        Views that were never published are passed over. See ``AuditResult``.
+        """
+        from spark_fs.audit import audit_view
+
+        def audit_one(view: ViewSpec) -> list[AuditResult]:
+            path = f"{self.environment.offline_root}/{self.project}/_audits/{view.name}/v{view.version}"
+            found = audit_view(self.registry, self._offline.table(view), self._target(view), path, sample=sample)
+            return [] if found is None else [found]
+
+        return self._each_online("audit", views, audit_one)
+
+    def repair(self, views: Iterable[str] | None = None) -> list[MaterializeResult]:
+        """Write all that was published again, in the place of whatever is online, and remove what should not be there.
+
+        Values that were restated on purpose become the newest again. Views that were never published are passed over.
+        """
+        from spark_fs.materialize import materialize_view
+
+        def repair_one(view: ViewSpec) -> list[MaterializeResult]:
+            known = self.registry.published(view)
+            if known is None:
+                return []
+            whole = Interval(known.intervals[0].start, known.intervals[-1].end)
+            return [materialize_view(self.registry, self._offline.table(view), self._target(view), whole, repair=True)]
+
+        return self._each_online("repair", views, repair_one)
+
     def erase(
         self, view: str, entity_rows: Sequence[Mapping[str, Any]] | Mapping[str, Sequence[Any]], *, undo: bool = False
     ) -> dict[str, Any]:
@@ -217,30 +249,14 @@ class FeatureStore:
         and are absent until ``materialize`` does so with ``everything``. Feature tables and sources are not touched. The
         registry keeps digests of the keys. Raises SFS-303 for an unknown view, SFS-606 and SFS-607 for unfit rows.
         """
-        from spark_fs.online.codec import key_digest, key_prefix, redis_key
-        from spark_fs.online.read import entity_keys
-        from spark_fs.online.redis_store import erase_keys, reopen_keys
+        from spark_fs.online.erase import erase_entities
 
         state = self.registry.state()
-        name, _ = parse_reference(view)
-        current = state.require_view(name)
-        versions = [spec for (of_view, _), spec in state.versions.items() if of_view == name]
+        current = state.require_view(parse_reference(view)[0])
         # A version with other join keys has no such entities.
-        same = [spec for spec in versions if spec.keys == current.keys]
-        names, digests = [], set()
-        for spec in same:
-            prefix, keys = key_prefix(spec), entity_keys(spec, entity_rows)
-            names += [redis_key(prefix, key) for key in keys]
-            digests |= {key_digest(prefix, key) for key in keys}
+        same = [spec for spec in state.versions.values() if spec.name == current.name and spec.keys == current.keys]
         url, timeout = self.online_url(), self.environment.config.online.timeout_seconds
-        # Noted first: a run that begins in between does not write them, and one under way finds the tombstones.
-        if undo:
-            self.registry.forget_erasures(same[0], digests)
-            reopen_keys(url, names, socket_timeout_seconds=timeout)
-        else:
-            self.registry.erase(same[0], digests)
-            erase_keys(url, names, socket_timeout_seconds=timeout)
-        return {"view": name, "entities": len(digests), "online_keys": len(names)}
+        return erase_entities(self.registry, same, entity_rows, url, undo=undo, socket_timeout_seconds=timeout)
 
     def get_online_features(
         self,
@@ -281,7 +297,7 @@ class FeatureStore:
 
     def check_online(self) -> None:
         """Refuse an online store that cannot be reached or would drop values (SFS-601 to 604); starts no Spark."""
-        from spark_fs.online.redis_store import check_server
+        from spark_fs.online.connect import check_server
 
         check_server(self.online_url(), socket_timeout_seconds=self.environment.config.online.timeout_seconds)
 
@@ -289,7 +305,7 @@ class FeatureStore:
         """Delete the feature table and online values of a view version that is neither current nor used by a service."""
         from spark_fs.files import delete_folder, feature_table_path
         from spark_fs.online.codec import key_prefix
-        from spark_fs.online.redis_store import delete_prefix
+        from spark_fs.online.connect import delete_prefix
 
         state = self.registry.state()
         newest = max((n for name, n in state.versions if name == view), default=None)
@@ -369,18 +385,24 @@ class FeatureStore:
         self, interval: Interval, views: Iterable[str] | None, *, restate: bool = False, everything: bool = False
     ) -> list[MaterializeResult]:
         from spark_fs.materialize import materialize_view
-        from spark_fs.online.redis_store import OnlineTarget
-
-        chosen = _choose(self.registry.state(), views, online=True)
-        self.check_online()
-        url, timeout = self.online_url(), self.environment.config.online.timeout_seconds
 
         def publish(view: ViewSpec) -> list[MaterializeResult]:
             self._build_missing(view, interval)
-            target, table = OnlineTarget.of(url, view, socket_timeout_seconds=timeout), self._offline.table(view)
+            target, table = self._target(view), self._offline.table(view)
             return [materialize_view(self.registry, table, target, interval, restate=restate, everything=everything)]
 
-        return self._each("materialize", chosen, publish)
+        return self._each_online("materialize", views, publish)
+
+    def _each_online(self, kind: str, views: Iterable[str] | None, act: Callable[[ViewSpec], list[R]]) -> list[R]:
+        """As ``_each``, for views that are for online use, once the online store was looked at."""
+        chosen = _choose(self.registry.state(), views, online=True)
+        self.check_online()
+        return self._each(kind, chosen, act)
+
+    def _target(self, view: ViewSpec) -> OnlineTarget:
+        from spark_fs.online.redis_store import OnlineTarget
+
+        return OnlineTarget.of(self.online_url(), view, socket_timeout_seconds=self.environment.config.online.timeout_seconds)
 
     def _build_missing(self, view: ViewSpec, interval: Interval) -> None:
         """Build all up to the interval's end if no build has covered some of the interval."""

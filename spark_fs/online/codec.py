@@ -31,7 +31,7 @@ import hashlib
 import struct
 import zlib
 from collections.abc import Callable, Sequence
-from datetime import date, datetime
+from datetime import date, datetime, timedelta
 from decimal import Context, Decimal
 from operator import index, itemgetter
 from typing import Any, NamedTuple
@@ -46,6 +46,8 @@ ONLINE_SLOTS = 1024
 #: Added to a signed time so that its bytes order like its value.
 SIGN_BIT = 1 << 63
 HEADER = struct.Struct(">IQQII")
+#: How long a tombstone keeps out writers that began before it.
+GRAVE = timedelta(days=7)
 #: The generation of what no writer may replace.
 ERASED = 2**32 - 1
 

@@ -9,7 +9,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
-from spark_fs.online.redis_store import COUNTS, OnlineTarget, WriteCounts, bury_batches, redis_errors, write_batches
+from spark_fs.online.connect import redis_errors
+from spark_fs.online.redis_store import COUNTS, OnlineTarget, WriteCounts, bury_batches, write_batches
 from spark_fs.spec import Column
 
 if TYPE_CHECKING:

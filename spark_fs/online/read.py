@@ -161,10 +161,10 @@ class OnlineReader:
     """
 
     def __init__(self, url: str, *, socket_timeout_seconds: float = 5.0) -> None:
-        from spark_fs.online import redis_store  # redis takes 0.2 s to import: not before a reader is made
+        from spark_fs.online import connect  # redis takes 0.2 s to import: not before a reader is made
 
-        self._errors = redis_store.redis_errors
-        self._client: redis.Redis = redis_store.open_client(url, socket_timeout_seconds=socket_timeout_seconds)
+        self._errors = connect.redis_errors
+        self._client: redis.Redis = connect.open_client(url, socket_timeout_seconds=socket_timeout_seconds)
 
     def __enter__(self) -> OnlineReader:
         return self

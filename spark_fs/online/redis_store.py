@@ -12,20 +12,20 @@ import hashlib
 import time
 import zlib
 from collections import deque
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from enum import Enum
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 import redis
-from redis.backoff import ExponentialBackoff, NoBackoff
+from redis.backoff import NoBackoff
 from redis.retry import Retry
 
-from spark_fs.errors import InvalidError, SparkFSError, translate
+from spark_fs.errors import InvalidError, SparkFSError
 from spark_fs.online import codec
 from spark_fs.online.codec import ONLINE_SLOTS, key_prefix
+from spark_fs.online.connect import make_pool
 from spark_fs.spec import Column, ViewSpec
 
 if TYPE_CHECKING:
@@ -43,9 +43,6 @@ CALLS_IN_FLIGHT = 16
 ENCODE_BYTES = 4 * 1024 * 1024
 #: Tries in a row without one answer before a write gives up; with the growing pause between them some 6 seconds.
 MAX_FAILURES = 7
-OLDEST_SERVER = (6, 2)
-#: How long a tombstone keeps out writers that began before it.
-GRAVE = timedelta(days=7)
 
 # Times and builds are compared as five unsigned 32-bit words: doubles are exact there, and text compare would follow the
 # locale. Equal strings are one object in Lua, so that a row sent again costs next to nothing. MGET answers nil for a key
@@ -78,7 +75,7 @@ for i = 1, rows do
     local b0, b1, b2, b3, b4, b5 = words('>I4I4I4I4I4I4', old)
     raised = a0 - b0
     order = a1 ~= b1 and a1 - b1 or a2 ~= b2 and a2 - b2 or a3 ~= b3 and a3 - b3 or a4 ~= b4 and a4 - b4 or a5 - b5
-    if order < 0 and raised > 0 and restating then order = 1 end
+    if raised > 0 and restating and string.sub(new, 5) ~= string.sub(old, 5) then order = 1 end
   end
   if order > 0 and raised < 0 then
     fenced = fenced + 1
@@ -125,7 +122,7 @@ for i = 1, last, 2 do
   end
 end
 return {applied, equal, stale, expired, fenced}
-""".replace(b"%GRAVE_MS%", b"%d" % (GRAVE // timedelta(milliseconds=1)))
+""".replace(b"%GRAVE_MS%", b"%d" % (codec.GRAVE // timedelta(milliseconds=1)))
 
 
 @dataclass(frozen=True, slots=True)
@@ -213,7 +210,7 @@ def write_batches(batches: Iterator[pa.RecordBatch], target: OnlineTarget, *, di
 def bury_batches(batches: Iterator[pa.RecordBatch], target: OnlineTarget) -> WriteCounts:
     """Put tombstones in the place of rows: batches with ``_key``. The target must be restating.
 
-    A reader finds nothing then, and for ``GRAVE`` no writer of a lower generation can write the keys. Errors as for
+    A reader finds nothing then, and for ``codec.GRAVE`` no writer of a lower generation can write the keys. Errors as for
     ``write_batches``. Buried keys count as applied, those that a later restatement has written as stale or fenced.
     """
     import pyarrow as pa
@@ -343,7 +340,7 @@ class _Writer:
         self._target = target
         #: Whether the server has had none of the keys so far, so that there is nothing to compare with.
         self.inserting = inserting
-        pool = _pool(target.url, target.socket_timeout_seconds, Retry(NoBackoff(), 0))
+        pool = make_pool(target.url, target.socket_timeout_seconds, Retry(NoBackoff(), 0))
         self._connection: Any = pool.make_connection()  # Any: redis-py leaves its methods untyped
         self._unanswered: deque[_Call] = deque()
         self._counts = WriteCounts()
@@ -434,121 +431,3 @@ def _is_transient(error: redis.RedisError) -> bool:
         redis.exceptions.ClusterDownError,
     )
     return isinstance(error, passing) or str(error).startswith("BUSY ")
-
-
-# ---- connections, checks, removal
-
-
-def _pool(url: str, socket_timeout_seconds: float, retry: Retry) -> redis.ConnectionPool:
-    try:
-        return redis.ConnectionPool.from_url(
-            url,
-            protocol=2,
-            socket_timeout=socket_timeout_seconds,
-            socket_connect_timeout=min(socket_timeout_seconds, 5.0),
-            retry=retry,
-        )
-    except (ValueError, TypeError):
-        # The text of the error may hold a piece of the password, so it is neither shown nor chained.
-        raise InvalidError.of(
-            "SFS-614",
-            "online.url is no address of a Redis server.",
-            fix="write redis://host:6379/0, rediss://user:password@host:6379/0, unix:///path/to/socket or embedded",
-        ) from None
-
-
-def open_client(url: str, *, socket_timeout_seconds: float = 5.0) -> redis.Redis:
-    """A client with a connection pool, for any number of threads; connects when first used. Raises SFS-614."""
-    return redis.Redis(connection_pool=_pool(url, socket_timeout_seconds, Retry(ExponentialBackoff(cap=0.2, base=0.02), 2)))
-
-
-@contextmanager
-def redis_errors() -> Iterator[None]:
-    """Redis-py's errors inside become ours where we have something to add, chained to theirs."""
-    try:
-        yield
-    except redis.RedisError as error:
-        ours = translate(error)
-        if ours is None:
-            raise
-        raise ours from error
-
-
-@dataclass(frozen=True, slots=True)
-class ServerReport:
-    """What a server says about itself; bytes, ``max_bytes`` 0 for no limit. ``kind`` is ``redis`` or ``valkey``."""
-
-    kind: str
-    version: str
-    mode: str
-    maxmemory_policy: str
-    used_bytes: int
-    max_bytes: int
-
-
-def check_server(url: str, *, socket_timeout_seconds: float = 5.0) -> ServerReport:
-    """Ask a server what it is, before anything is written to it.
-
-    Raises SFS-604 for a server older than 6.2 and for one that silently drops features when full (any ``maxmemory-policy``
-    but ``noeviction`` under a memory limit), SFS-601 where it cannot be reached, SFS-602 where it refuses the login.
-    """
-    with redis_errors(), open_client(url, socket_timeout_seconds=socket_timeout_seconds) as client:
-        info = cast("dict[str, Any]", client.info())
-    kind = "valkey" if "valkey_version" in info else "redis"
-    report = ServerReport(
-        kind=kind,
-        version=str(info[f"{kind}_version"]),
-        mode=str(info.get("server_mode") or info.get("redis_mode", "standalone")),
-        maxmemory_policy=str(info.get("maxmemory_policy", "noeviction")),
-        used_bytes=int(info["used_memory"]),
-        max_bytes=int(info.get("maxmemory", 0)),
-    )
-    if tuple(int(part) for part in str(info["redis_version"]).split(".")[:2]) < OLDEST_SERVER:
-        raise InvalidError.of(
-            "SFS-604", f"The online store is Redis {report.version}; 6.2 or newer is needed.", fix="upgrade the server"
-        )
-    if report.max_bytes and report.maxmemory_policy != "noeviction":
-        raise InvalidError.of(
-            "SFS-604",
-            f"The online store drops features when full: its maxmemory-policy is {report.maxmemory_policy}.",
-            why="An evicted feature looks like one that never was, and no error tells of it.",
-            fix="set maxmemory-policy noeviction on the server",
-        )
-    return report
-
-
-def erase_keys(url: str, names: Sequence[bytes], *, socket_timeout_seconds: float = 10.0) -> None:
-    """Put a tombstone that no writer can replace in the place of each of these Redis keys; safe to repeat."""
-    with redis_errors(), open_client(url, socket_timeout_seconds=socket_timeout_seconds) as client:
-        for name in names:
-            client.set(name, codec.tombstone(codec.ERASED), px=GRAVE)
-
-
-def reopen_keys(url: str, names: Sequence[bytes], *, socket_timeout_seconds: float = 10.0) -> None:
-    """Take away the tombstones that ``erase_keys`` has set, so that the keys can be written again."""
-    with redis_errors(), open_client(url, socket_timeout_seconds=socket_timeout_seconds) as client:
-        for name in names:
-            # Nothing else can have come in their place, so that looking first is no race.
-            if client.get(name) == codec.tombstone(codec.ERASED):
-                client.delete(name)
-
-
-def delete_prefix(url: str, prefix: bytes, *, socket_timeout_seconds: float = 10.0) -> int:
-    """Remove all rows of one view version (``codec.key_prefix``); returns how many keys were removed.
-
-    Walks through the whole database without blocking it and touches no other key. Rows written meanwhile may survive.
-    Raises ValueError for a prefix that is not one of a view version.
-    """
-    if not prefix.endswith(b":") or len(prefix) < 2:
-        raise ValueError(f"{prefix!r} is not the key prefix of a view version")
-    escaped = b"".join(b"\\%c" % byte if byte in b"*?[]^\\" else b"%c" % byte for byte in prefix)
-    removed = 0
-    with redis_errors(), open_client(url, socket_timeout_seconds=socket_timeout_seconds) as client:
-        cursor = 0
-        while True:
-            found: tuple[int, list[bytes]] = cast("Any", client.scan(cursor, match=escaped + b"{*", count=5_000))
-            cursor, keys = found
-            if keys:
-                removed += cast("int", client.unlink(*keys))
-            if cursor == 0:
-                return removed

@@ -25,7 +25,7 @@ from pathlib import Path
 import redis
 
 from spark_fs.errors import InvalidError, SparkFSError, UnavailableError
-from spark_fs.online.redis_store import open_client
+from spark_fs.online.connect import open_client
 
 HOST = "127.0.0.1"
 #: A snapshot of some gigabytes is read in this time.

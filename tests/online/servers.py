@@ -42,9 +42,9 @@ def redis_binary() -> str:
 
 
 @contextmanager
-def redis_process(folder: Path, *options: str, password: str = "") -> Iterator[str]:
-    """A redis-server of its own for the block; gives its URL."""
-    port = free_port()
+def redis_process(folder: Path, *options: str, password: str = "", port: int = 0) -> Iterator[str]:
+    """A redis-server of its own for the block, on a free port if none is given; gives its URL."""
+    port = port or free_port()
     argv = [redis_binary(), "--port", str(port), "--bind", "127.0.0.1", "--dir", str(folder), "--save", "", *options]
     process = subprocess.Popen([*argv, *(["--requirepass", password] if password else [])], stdout=subprocess.DEVNULL)
     url = f"redis://:{password}@127.0.0.1:{port}/0" if password else f"redis://127.0.0.1:{port}/0"

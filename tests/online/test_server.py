@@ -18,7 +18,7 @@ import redis
 
 from spark_fs.errors import InvalidError, SparkFSError
 from spark_fs.online import server
-from spark_fs.online.redis_store import check_server, open_client
+from spark_fs.online.connect import check_server, open_client
 from tests.online.servers import free_port, redis_process
 
 

@@ -20,15 +20,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from spark_fs.errors import InvalidError, SparkFSError, UnavailableError, translate
-from spark_fs.online import codec, redis_store
-from spark_fs.online.redis_store import (
-    OnlineTarget,
-    WriteCounts,
-    bury_batches,
-    check_server,
-    delete_prefix,
-    write_batches,
-)
+from spark_fs.online import codec, connect, redis_store
+from spark_fs.online.connect import check_server, delete_prefix
+from spark_fs.online.redis_store import OnlineTarget, WriteCounts, bury_batches, write_batches
 from spark_fs.spec import Column
 from spark_fs.types import Bytes, Int64
 from tests.online.servers import FEATURES, NOON, UTC, batch, free_port, ping_for_ever, redis_process, target_of, view_of
@@ -123,7 +117,7 @@ def test_a_tombstone_keeps_out_what_began_before_it(url: str, client: redis.Redi
         assert (counts.applied, counts.equal) == expected
     name: bytes = codec.redis_key(target.prefix, b"a")
     assert client.get(name) == codec.tombstone(2)
-    assert 0 < client.ttl(name) <= redis_store.GRAVE.total_seconds()  # type: ignore[operator]
+    assert 0 < client.ttl(name) <= codec.GRAVE.total_seconds()  # type: ignore[operator]
     counts = write(target, rows)
     assert (counts.fenced, counts.equal) == (1, 1)
     assert client.get(name) == codec.tombstone(2)
@@ -493,7 +487,7 @@ def test_a_server_says_what_it_is(url: str) -> None:
 
 def test_an_old_server_is_refused(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """A server older than the commands of the script is told before anything is written."""
-    monkeypatch.setattr(redis_store, "OLDEST_SERVER", (99, 0))
+    monkeypatch.setattr(connect, "OLDEST_SERVER", (99, 0))
     with pytest.raises(InvalidError, match="SFS-604"):
         check_server(url)
 

@@ -20,6 +20,7 @@ from pyspark.sql import SparkSession
 from pyspark.sql import functions as F
 
 from spark_fs import FeatureStore
+from spark_fs.audit import STATUSES
 from spark_fs.build import build_interval
 from spark_fs.errors import ConflictError, ExitCode, InvalidError, PartlyDoneError, SparkFSError, UnavailableError
 from spark_fs.files import feature_table_path
@@ -27,6 +28,7 @@ from spark_fs.intervals import Interval
 from spark_fs.materialize import MaterializeResult, materialize_view, publish_rows
 from spark_fs.offline.tables import FeatureTable
 from spark_fs.online import executor, server
+from spark_fs.online.codec import key_prefix, redis_key
 from spark_fs.online.redis_store import OnlineTarget, write_batches
 from spark_fs.registry import Published, Registry
 from spark_fs.spec import ViewSpec
@@ -34,6 +36,7 @@ from tests.online.servers import batch, free_port, redis_process, view_of
 from tests.project import open_project, write
 
 UTC = timezone.utc
+STATUSES_OF_FEATURES = [status for status in STATUSES if status != "extra"]
 HOUR, DAY = timedelta(hours=1), timedelta(days=1)
 #: The end of all intervals: after every row, and not in the future, so that nothing is built on the way.
 END = datetime.now(UTC).replace(minute=0, second=0, microsecond=0)
@@ -182,7 +185,7 @@ def test_counts_say_what_was_read_and_what_became_of_it(fs: FeatureStore, folder
     (first,) = fs.materialize_incremental(END)
     assert (first.view, first.rows_read, first.applied, first.equal, first.stale, first.expired) == ("spend@1", 20, 5, 0, 0, 0)
     with redis.Redis.from_url(fs.online_url()) as client:
-        stored = {key: client.get(key) for key in client.scan_iter()}
+        stored = {key: client.get(key) for key in client.scan_iter("shop:spend@1:{*")}
     assert first.bytes == sum(len(key) + len(value) for key, value in stored.items())
 
     (again,) = fs.materialize_incremental(END)
@@ -472,7 +475,8 @@ class BusyRegistry(Registry):
         if self.times:
             self.times -= 1
             longer = Interval(START, END + (self.times + 1) * HOUR)
-            assert super().set_published(view, before, replace(after, intervals=(longer,)))
+            less = replace(after, table_version=after.table_version - 1, intervals=(longer,))
+            assert super().set_published(view, before, less)
         return super().set_published(view, before, after)
 
 
@@ -486,11 +490,93 @@ def test_a_run_that_others_overtake_looks_again_and_ends(fs: FeatureStore, folde
     target, interval = OnlineTarget.of(fs.online_url(), view), Interval(START, END)
     registry.times = 2
     result = materialize_view(registry, table, target, interval)
-    assert registry.published(view) == Published(result.table_version, (Interval(START, END + 2 * HOUR),))
+    noted = registry.published(view)
+    assert noted is not None
+    assert (noted.table_version, noted.intervals) == (result.table_version, (Interval(START, END + 2 * HOUR),))
+    put(folder, [(1, START, 11)])
+    fs.build(start=START, end=END)
     registry.times = 3
     with pytest.raises(ConflictError, match="SFS-615"):
         materialize_view(registry, table, target, interval)
+    assert online(fs, [1]) == [11]
+
+
+# ---- what the server has lost, and what it should not have
+
+
+def test_an_audit_finds_every_fault_and_a_repair_mends_them(fs: FeatureStore, folder: Path, spark: SparkSession) -> None:
+    """Lost, changed, older and foreign rows: each is counted and noted in Delta; afterwards all is as it should be."""
+    put(folder, [(user, START + user * HOUR, user) for user in range(8)])
+    assert fs.audit() == []
+    fs.materialize_incremental(END)
+    (clean,) = fs.audit()
+    assert (clean.ok, clean.keys, clean.extra) == (True, 8, 0)
+    assert clean.features == {"amount": dict.fromkeys(STATUSES_OF_FEATURES, 0) | {"equal": 8}}
+
+    view = fs.registry.state().require_view("spend")
+    prefix = key_prefix(view)
+    with redis.Redis.from_url(fs.online_url()) as client:
+        client.delete(redis_key(prefix, b"0"))
+        client.setrange(redis_key(prefix, b"1"), 29, b"\x63")
+        client.set(redis_key(prefix, b"99"), client.get(redis_key(prefix, b"2")))  # type: ignore[arg-type]
+        older = client.get(redis_key(prefix, b"3"))
+        client.set(redis_key(prefix, b"4"), older)  # type: ignore[arg-type]
+        client.set(redis_key(prefix, b"2"), client.get(redis_key(prefix, b"7")))  # type: ignore[arg-type]
+    (found,) = fs.audit()
+    assert not found.ok
+    assert (found.keys, found.extra) == (8, 1)
+    counted = {"equal": 4, "missing": 1, "wrong": 1, "stale": 1, "ahead": 1}
+    assert found.features == {"amount": dict.fromkeys(STATUSES_OF_FEATURES, 0) | counted}
+    noted = spark.read.format("delta").load(found.findings).where(f"audit_id = '{found.audit_id}' AND key IS NOT NULL")
+    assert {(bytes(row["key"]), row["feature"], row["status"]) for row in noted.collect()} == {
+        (b"0", None, "missing"),
+        (b"1", "amount", "wrong"),
+        (b"4", None, "stale"),
+        (b"99", None, "extra"),
+    }
+    assert fs.audit(sample=8)[0].extra == 0
+    assert fs.audit(sample=3)[0].keys == 3
+
+    (result,) = fs.repair()
+    assert (result.rows_read, result.applied, result.equal, result.withdrawn) == (8, 4, 4, 1)
+    assert fs.audit()[0].ok
+    assert online(fs, [*range(8), 99]) == [*range(8), "NOT_FOUND"]
+    assert fs.materialize_incremental(END)[0].rows_read == 0
+
+
+def test_a_restated_value_is_no_fault_until_it_is_repaired(fs: FeatureStore, folder: Path) -> None:
+    """It is counted by itself; a repair makes it the newest again."""
+    put(folder, [(1, START, 10), (1, START + DAY, 11)])
+    fs.materialize_incremental(END)
+    fs.materialize(START, START + DAY, restate=True)
+    (found,) = fs.audit()
+    assert (found.ok, found.features["amount"]["restated"]) == (True, 1)
     assert online(fs, [1]) == [10]
+    fs.repair()
+    assert online(fs, [1]) == [11]
+    assert fs.audit()[0].features["amount"]["equal"] == 1
+
+
+def test_a_server_that_lost_its_data_is_noticed(tmp_path: Path, spark: SparkSession) -> None:
+    """Killed and restarted without them: the next run says so and moves nothing, and a repair brings all back."""
+    port = free_port()
+    fs = against(tmp_path, spark, f"redis://127.0.0.1:{port}/0")
+    put(tmp_path, [(user, START, user) for user in range(100)])
+    with redis_process(tmp_path, port=port):
+        fs.materialize_incremental(END)
+    before = fs.registry.published(fs.registry.state().require_view("spend"))
+    with redis_process(tmp_path, port=port):
+        put(tmp_path, [(user, START, user) for user in range(101)])
+        fs.build(start=START, end=END)
+        with pytest.raises(SparkFSError, match=r"SFS-616.*spark-fs repair spend@1"):
+            fs.materialize_incremental(END)
+        assert fs.registry.published(fs.registry.state().require_view("spend")) == before
+        (found,) = fs.audit()
+        assert found.features["amount"]["missing"] == found.keys == 100
+        fs.repair()
+        assert online(fs, [0, 99, 100]) == [0, 99, 100]
+        assert fs.audit()[0].ok
+        assert counts(fs.materialize_incremental(END)) == (0, 0, 0, 0, 0)
 
 
 # ---- any order of all that

@@ -493,7 +493,7 @@ def test_nothing_is_new_to_publish_after_an_upkeep(store: FeatureStore, tmp_path
             optimized(store, buckets)
             (result,) = store.materialize_incremental(at(6))
             assert (result.rows_read, result.applied, result.stale) == (0, 0, 0)
-            (whole,) = store.materialize(START - timedelta(days=1), START + timedelta(hours=6))
+            (whole,) = store.materialize(START - timedelta(days=1), START + timedelta(hours=6), everything=True)
             assert (whole.rows_read, whole.applied, whole.equal) == (len(every_hour()), 0, len(USERS))
     finally:
         server.stop(tmp_path / ".spark_fs")

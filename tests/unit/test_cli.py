@@ -420,6 +420,14 @@ def test_debug_adds_the_trace(run, project):
         (["optimize", "a", "b@2", "--buckets", "64"], "optimize.py", "--view a --view b@2 --buckets 64"),
         (["materialize", "2024-01-01", "2024-02-01"], "materialize.py", "--start 2024-01-01 --end 2024-02-01"),
         (["materialize-incremental", "--view", "a"], "materialize.py", "--view a"),
+        (
+            ["materialize", "2024-01-01", "2024-02-01", "--restate", "--all"],
+            "materialize.py",
+            "--start 2024-01-01 --end 2024-02-01 --restate --everything",
+        ),
+        (["audit"], "audit.py", ""),
+        (["audit", "a", "b@2", "--sample", "100"], "audit.py", "--view a --view b@2 --sample 100"),
+        (["repair", "a"], "repair.py", "--view a"),
         (["dataset", "verify", "d", "--version", "3"], "dataset_verify.py", "--name d --version 3"),
         (
             ["dataset", "create", "d", "--entities", "SELECT 1", "--features", "churn_v1", "--known-at"],

@@ -162,6 +162,17 @@ def test_the_changelog_has_the_version_of_the_package():
     assert re.search(r"^## (\S+)", _page("CHANGELOG.md"), re.MULTILINE).group(1) == version
 
 
+def test_every_guarantee_names_tests_that_exist():
+    """docs/guarantees.md: each line of a promise has at least one test, and each test that it names is there."""
+    promises, _, _ = _page("docs/guarantees.md").partition("## Not proven yet")
+    lines = re.split(r"\n(?=- |\*\*)", promises)[1:]
+    named = [re.findall(r"`(tests/[\w/]+\.py)::(test_\w+)`", line) for line in lines]
+    headings = [line for line, tests in zip(lines, named, strict=True) if not tests]
+    assert all(line.startswith("**") for line in headings), headings
+    missing = [f"{file}::{test}" for tests in named for file, test in tests if f"def {test}(" not in _page(file)]
+    assert missing == []
+
+
 def test_make_targets_exist():
     """Every `make target` of a page is a target of the Makefile."""
     targets = set(re.findall(r"^([a-z-]+):", _page("Makefile"), re.MULTILINE))

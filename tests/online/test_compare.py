@@ -1,0 +1,101 @@
+"""What is stored beside what should be: each way in which a row or a value can be at fault is found and named."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from datetime import timedelta
+from typing import Any
+
+import pyarrow as pa
+import redis
+
+from spark_fs.intervals import to_micros
+from spark_fs.online import codec
+from spark_fs.online.compare import compare_rows, stored_keys
+from spark_fs.online.connect import has_token, leave_token
+from spark_fs.online.redis_store import OnlineTarget, bury_batches, write_batches
+from spark_fs.spec import Column
+from spark_fs.types import Float64, Int64
+from tests.online.servers import NOON, batch, target_of, view_of
+
+HOUR = timedelta(hours=1)
+
+
+def compared(target: OnlineTarget, expected: pa.RecordBatch, restated: Sequence[int] = ()) -> tuple[Any, Any]:
+    """Counts by feature and status, and findings as (key, feature, status)."""
+    found = pa.Table.from_batches(compare_rows(iter([expected]), target, frozenset(restated), to_micros(NOON)))
+    rows = found.to_pylist()
+    counts = {(row["feature"], row["status"]): row["rows"] for row in rows if row["key"] is None}
+    return counts, [(row["key"], row["feature"], row["status"]) for row in rows if row["key"] is not None]
+
+
+def test_every_fault_has_its_name(url: str, client: redis.Redis) -> None:
+    """Equal, missing, buried, stale, of another schema, too short, ahead, and a value changed in place."""
+    target = target_of(url)
+    names = [b"equal", b"missing", b"buried", b"stale", b"schema", b"short", b"ahead", b"changed"]
+    right = batch(names, NOON, n=range(8), s=["x"] * 8)
+    write_batches(iter([right]), target)
+    key = {name: codec.redis_key(target.prefix, name) for name in names}
+    client.delete(key[b"missing"], key[b"stale"])
+    bury_batches(iter([batch([b"buried"])]), replace(target, generation=2, restating=True))
+    write_batches(iter([batch([b"stale"], NOON - HOUR, n=[3], s=["x"])]), target)
+    write_batches(iter([batch([b"ahead"], NOON + HOUR, n=[6], s=["x"])]), target)
+    client.setrange(key[b"schema"], 24, b"\x00\x00\x00\x01")
+    client.set(key[b"short"], "short")
+    client.setrange(key[b"changed"], 29, b"\x63")  # the lowest byte of n
+    counts, findings = compared(target, right)
+    whole = {b"missing": "missing", b"buried": "missing", b"stale": "stale", b"schema": "wrong", b"short": "wrong"}
+    assert sorted(findings) == sorted([*((name, None, status) for name, status in whole.items()), (b"changed", "n", "wrong")])
+    shared = {"equal": 1, "missing": 2, "stale": 1, "wrong": 2, "ahead": 1}
+    assert {status: n for (feature, status), n in counts.items() if feature == "n"} == {**shared, "wrong": 3}
+    assert {status: n for (feature, status), n in counts.items() if feature == "s"} == {**shared, "equal": 2}
+
+
+def test_what_is_on_purpose_is_no_fault(url: str) -> None:
+    """A restated row is older than the newest; a row past its ttl is not seen by readers; an erased key has none."""
+    target = target_of(url, view_of(ttl=2 * HOUR))
+    expected = batch([b"restated", b"expired", b"erased"], [NOON, NOON - 3 * HOUR, NOON], n=[1, 2, 3])
+    never = replace(target, ttl=None)
+    restating = replace(never, generation=2, restating=True)
+    write_batches(iter([batch([b"restated"], NOON - HOUR, n=[1])]), restating)
+    known = replace(target, erased=frozenset([codec.key_digest(target.prefix, b"erased")]))
+    assert compared(known, expected, [2]) == (
+        {("n", "restated"): 1, ("s", "restated"): 1, ("n", "expired"): 1, ("s", "expired"): 1},
+        [],
+    )
+    assert compared(known, expected.slice(0, 1), [3])[1] == [(b"restated", None, "stale")]
+
+
+def test_values_are_compared_to_the_last_bit(url: str, client: redis.Redis) -> None:
+    """NaN is NaN, 0.0 is not -0.0, and null is not 0."""
+    features = (Column("f", Float64), Column("i", Int64))
+    target = target_of(url, view_of(features=features))
+    stored = batch([b"a", b"b", b"c"], features=features, f=[float("nan"), 0.0, None], i=[None, 0, 7])
+    wanted = batch([b"a", b"b", b"c"], features=features, f=[float("nan"), -0.0, 0.0], i=[0, 0, 7])
+    write_batches(iter([stored]), target)
+    assert compared(target, stored) == ({("f", "equal"): 3, ("i", "equal"): 3}, [])
+    assert sorted(compared(target, wanted)[1]) == [(b"a", "i", "wrong"), (b"b", "f", "wrong"), (b"c", "f", "wrong")]
+
+
+def test_all_rows_online_are_listed_and_no_tombstones(url: str) -> None:
+    """Whatever their keys hold; rows of other views and marks of runs are not among them."""
+    target = target_of(url)
+    keys = [b"", b"}:", b"{a}:b", b"*", b"x\x00y"]
+    write_batches(iter([batch([*keys, b"gone"])]), target)
+    write_batches(iter([batch([b"other"])]), replace(target, prefix=b"flights:weather@10:"))
+    bury_batches(iter([batch([b"gone"])]), replace(target, generation=2, restating=True))
+    leave_token(url, target.prefix, "token")
+    found = pa.Table.from_batches(stored_keys(iter([]), target))
+    assert sorted(set(found["_key"].to_pylist())) == sorted(keys)
+
+
+def test_a_mark_tells_of_lost_data(url: str, client: redis.Redis) -> None:
+    """It is found as long as the server keeps what it was given; older marks stay beside it."""
+    prefix = target_of(url).prefix
+    assert not has_token(url, prefix, "one")
+    for token in ("one", "two"):
+        leave_token(url, prefix, token)
+    assert [has_token(url, prefix, token) for token in ("one", "two", "tw")] == [True, True, False]
+    client.flushall()
+    assert not has_token(url, prefix, "two")

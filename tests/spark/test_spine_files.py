@@ -1,0 +1,160 @@
+"""A spine's Parquet files as Arrow reads them, against what Spark reads: the same values, or left to Spark."""
+
+from __future__ import annotations
+
+from datetime import date, datetime, timedelta, timezone
+from decimal import Decimal
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from pyspark.sql import DataFrame, SparkSession
+from pyspark.sql import functions as F
+
+from spark_fs.offline.compute import key_residue
+from spark_fs.offline.spine_files import can_be_keys, read_plain_files, residues_of
+from spark_fs.offline.spine_stats import small_spine
+
+UTC = timezone.utc
+NOON = datetime(2024, 3, 10, 12, tzinfo=UTC)
+INSTANT = pa.timestamp("us", tz="UTC")
+COLUMNS = {
+    "int": pa.array([1, None, -(2**31)], pa.int32()),
+    "long": pa.array([2**63 - 1, -(2**63), None], pa.int64()),
+    "short": pa.array([1, 2, None], pa.int16()),
+    "text": pa.array(["ä b", None, ""]),
+    "bytes": pa.array([b"\x00\xff", b"", None]),
+    "flag": pa.array([True, None, False]),
+    "day": pa.array([date(1900, 1, 1), None, date(9999, 12, 31)]),
+    "at": pa.array([NOON + timedelta(microseconds=1), datetime(1900, 1, 1, 0, 0, 1, tzinfo=UTC), None], INSTANT),
+    "double": pa.array([float("nan"), -0.0, None]),
+    "float": pa.array([1.5, None, float("inf")], pa.float32()),
+    "money": pa.array([Decimal("1.20"), None, Decimal("-9999999.99")], pa.decimal128(9, 2)),
+}
+
+
+def write(folder: Path, table: pa.Table, files: int = 1) -> str:
+    """The rows as some Parquet files in a folder."""
+    folder.mkdir()
+    for number in range(files):
+        pq.write_table(table.slice(number * table.num_rows // files, table.num_rows // files), folder / f"{number}.parquet")
+    return str(folder)
+
+
+def as_rows(table: pa.Table) -> list[str]:
+    """The rows by their text, in which NaN is NaN, in any order; instants in UTC."""
+    zoned = [field.with_type(INSTANT) if getattr(field.type, "tz", None) else field for field in table.schema]
+    return sorted(map(repr, table.cast(pa.schema(zoned)).to_pylist()))
+
+
+@pytest.mark.parametrize("files", [1, 3])
+def test_arrow_reads_what_spark_reads(spark: SparkSession, tmp_path: Path, files: int) -> None:
+    """Each type, with nulls and extremes, in files of Arrow and of Spark; and each key has the residue that Spark gives it."""
+    path = write(tmp_path / "arrow", pa.table(COLUMNS), files)
+    spark.read.parquet(path).write.parquet(str(tmp_path / "spark"))
+    for place in (path, str(tmp_path / "spark")):
+        frame = spark.read.parquet(place)
+        found = read_plain_files(frame)
+        assert found is not None
+        assert found.column_names == frame.columns
+        assert as_rows(found) == as_rows(frame.toArrow())
+        keys = [
+            ("long",),
+            ("text",),
+            ("bytes",),
+            ("flag",),
+            ("day",),
+            ("at",),
+            ("int", "text"),
+            ("at", "day", "long"),
+            ("short",),
+        ]
+        types = dict(frame.dtypes)
+        for names in keys:
+            assert can_be_keys([found.schema.field(name).type for name in names])
+            residue = F.coalesce(key_residue([(F.col(name), types[name]) for name in names], 1024), F.lit(-1))
+            expected = frame.select(*names, residue.alias("residue")).toArrow()
+            mine = found.select(list(names)).append_column("residue", pa.array(residues_of([found[n] for n in names], 1024)))
+            assert as_rows(mine.cast(expected.schema)) == as_rows(expected)
+
+
+def test_a_small_spine_is_the_same_with_and_without_spark(
+    spark: SparkSession, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Statistics, rows and residues; and no job is run for it."""
+    rows = pa.table({"id": [n % 70 for n in range(500)], "event_timestamp": pa.array(range(500), INSTANT)})
+    frame = spark.read.parquet(write(tmp_path / "spine", rows, 2))
+    group = f"spine {tmp_path}"
+    spark.sparkContext.setJobGroup(group, group)
+    try:
+        direct = small_spine(frame, "event_timestamp", [("id",)])
+        assert list(spark.sparkContext.statusTracker().getJobIdsForGroup(group)) == []
+    finally:
+        spark.sparkContext.setLocalProperty("spark.jobGroup.id", "")
+    monkeypatch.setattr("spark_fs.offline.spine_stats.read_plain_files", lambda _: None)
+    fetched = small_spine(frame, "event_timestamp", [("id",)])
+    assert direct is not None
+    assert fetched is not None
+    assert direct.stats == fetched.stats
+    assert as_rows(direct.rows) == as_rows(fetched.rows)
+    assert sorted(direct.residues["id",]) == sorted(fetched.residues["id",])
+
+
+def partitioned(spark: SparkSession, place: str) -> DataFrame:
+    spark.range(4).selectExpr("id", "id % 2 AS part").write.partitionBy("part").parquet(place)
+    return spark.read.parquet(place)
+
+
+def int96(spark: SparkSession, place: str) -> DataFrame:
+    spark.conf.set("spark.sql.parquet.outputTimestampType", "INT96")
+    spark.range(4).select(F.timestamp_seconds("id").alias("at")).write.parquet(place)
+    spark.conf.set("spark.sql.parquet.outputTimestampType", "TIMESTAMP_MICROS")
+    return spark.read.parquet(place)
+
+
+def plain(spark: SparkSession, place: str, sql: str = "*") -> DataFrame:
+    spark.range(4).selectExpr("id", "array(id) AS list", "DATE'1899-12-31' AS old").selectExpr(sql).write.parquet(place)
+    return spark.read.parquet(place)
+
+
+def unlike(spark: SparkSession, place: str) -> DataFrame:
+    spark.range(4).write.parquet(place)
+    spark.range(4).selectExpr("id", "id AS more").write.mode("append").parquet(place)
+    return spark.read.schema("id bigint, more bigint").parquet(place)
+
+
+LEFT_TO_SPARK = {
+    "a filter": lambda spark, place: plain(spark, place, "id").where("id > 1"),
+    "a computed column": lambda spark, place: plain(spark, place, "id").selectExpr("id + 1 AS id"),
+    "fewer columns": lambda spark, place: plain(spark, place).select("id"),
+    "a limit": lambda spark, place: plain(spark, place, "id").limit(2),
+    "an option": lambda spark, place: plain(spark, place, "id").sparkSession.read.option("mergeSchema", True).parquet(place),
+    "another type": lambda spark, place: plain(spark, place, "id").sparkSession.read.schema("id decimal(20,0)").parquet(place),
+    "a nested column": lambda spark, place: plain(spark, place, "list"),
+    "a day of long ago": lambda spark, place: plain(spark, place, "old"),
+    "a partition column": partitioned,
+    "instants in INT96": int96,
+    "files unlike each other": unlike,
+    "no file": lambda spark, _: spark.range(4),
+}
+
+
+@pytest.mark.parametrize("what", LEFT_TO_SPARK)
+def test_what_may_differ_is_left_to_spark(spark: SparkSession, tmp_path: Path, what: str) -> None:
+    """Anything but whole files with exactly the columns asked for."""
+    assert read_plain_files(LEFT_TO_SPARK[what](spark, str(tmp_path / "rows"))) is None
+
+
+def test_other_formats_and_lost_files_are_left_to_spark(spark: SparkSession, tmp_path: Path) -> None:
+    """Delta and CSV; and a file that has gone since the frame was made, of which Spark tells."""
+    spark.range(4).write.format("delta").save(str(tmp_path / "delta"))
+    spark.range(4).write.csv(str(tmp_path / "csv"), header=True)
+    delta = spark.read.format("delta").load(str(tmp_path / "delta"))
+    text = spark.read.csv(str(tmp_path / "csv"), header=True)
+    assert read_plain_files(delta) is None
+    assert read_plain_files(text) is None
+    gone = plain(spark, str(tmp_path / "rows"), "id")
+    for file in (tmp_path / "rows").glob("*.parquet"):
+        file.unlink()
+    assert read_plain_files(gone) is None
