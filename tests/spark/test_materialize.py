@@ -492,7 +492,7 @@ def test_a_run_that_others_overtake_looks_again_and_ends(fs: FeatureStore, folde
     result = materialize_view(registry, table, target, interval)
     noted = registry.published(view)
     assert noted is not None
-    assert (noted.table_version, noted.intervals) == (result.table_version, (Interval(START, END + 2 * HOUR),))
+    assert (noted.table_version, noted.intervals) == (result.table_version, (Interval(START, END + HOUR),))
     put(folder, [(1, START, 11)])
     fs.build(start=START, end=END)
     registry.times = 3
