@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
+from hypothesis import settings
 
 from spark_fs.errors import UnavailableError
 from spark_fs.jars import Jar, fetch, paths
@@ -19,6 +20,10 @@ if TYPE_CHECKING:
     from pyspark.sql import SparkSession
 
 ROOT = Path(__file__).parents[1]
+
+# Two files run at a time, on machines of all kinds: how long an example takes says nothing.
+settings.register_profile("suite", deadline=None)
+settings.load_profile("suite")
 
 #: What only tests need: the driver to read PostgreSQL as a user's source.
 _JDBC = [

@@ -21,7 +21,7 @@ PACKAGE = ROOT / "spark_fs"
 ORDER = [
     "errors", "intervals", "types", "spec", "definitions", "config", "transformations", "repo", "registry_tables", "registry",
     "plan",
-    "jars", "session", "files",
+    "jars", "session", "files", "key_bytes",
     "offline.sources", "offline.compute", "offline.changes", "offline.layout", "offline.blocks", "offline.bucket_files",
     "offline.table_log", "offline.transaction", "offline.tables", "offline.placement", "offline.asof_plan",
     "offline.colocated", "offline.spine_files", "offline.spine_stats", "offline.asof",

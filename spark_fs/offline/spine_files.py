@@ -18,11 +18,11 @@ from pyspark.sql import DataFrame
 from pyspark.sql.pandas.types import to_arrow_schema
 
 from spark_fs.files import open_file
+from spark_fs.key_bytes import key_column
 from spark_fs.offline.blocks import Integers
 from spark_fs.offline.colocated import NO_RESIDUE
 
 _PARQUET = "org.apache.spark.sql.execution.datasources.parquet.ParquetFileFormat"
-_BINARY = pa.large_binary()
 #: Before it Spark may move dates and instants, by the calendar of the file's writer. In days and in microseconds.
 _OLDEST_DAY = -25_567
 _OLDEST_MICROS = _OLDEST_DAY * 86_400_000_000
@@ -93,44 +93,16 @@ def _may_be_moved(column: pa.ChunkedArray) -> bool:
     return least is not None and least < (_OLDEST_DAY if pa.types.is_date(kind) else _OLDEST_MICROS)
 
 
-def can_be_keys(types: Sequence[pa.DataType]) -> bool:
-    """Whether ``residues_of`` knows the types."""
-    known = (pa.types.is_integer, pa.types.is_string, pa.types.is_binary, pa.types.is_boolean, pa.types.is_date32)
-    return all(any(is_(kind) for is_ in known) or _is_instant(kind) for kind in types)
-
-
-def _is_instant(kind: pa.DataType) -> bool:
-    return pa.types.is_timestamp(kind) and kind.tz is not None
-
-
 def residues_of(columns: Sequence[pa.ChunkedArray], modulus: int) -> Integers:
     """What ``compute.key_residue`` gives for keys in these columns, one or more; NO_RESIDUE where a part is null."""
     arrays = [pa.concat_arrays(column.chunks) if column.num_chunks else pa.array([], column.type) for column in columns]
     if len(arrays) > 1:
-        return _checksums(_joined([_key_text(array) for array in arrays]), modulus)
+        return _checksums(key_column(arrays, len(arrays[0])), modulus)
     # A key mostly comes many times.
     encoded = arrays[0].dictionary_encode()
-    of_distinct = np.append(_checksums(_key_text(encoded.dictionary), modulus), NO_RESIDUE)
+    of_distinct = np.append(_checksums(key_column([encoded.dictionary], len(encoded.dictionary)), modulus), NO_RESIDUE)
     found: Integers = of_distinct[encoded.indices.fill_null(-1).to_numpy(zero_copy_only=False)]
     return found
-
-
-def _joined(texts: Sequence[pa.LargeBinaryArray]) -> pa.LargeBinaryArray:
-    parts: list[pa.LargeBinaryArray | pa.Scalar] = []
-    for text in texts:
-        length = pc.binary_length(text).cast(pa.large_string()).cast(_BINARY)
-        parts += [length, pa.scalar(b":", _BINARY), text]
-    return pc.binary_join_element_wise(*parts, pa.scalar(b"", _BINARY))
-
-
-def _key_text(column: pa.Array) -> pa.LargeBinaryArray:
-    if pa.types.is_string(column.type) or pa.types.is_binary(column.type):
-        return column.cast(_BINARY)
-    if pa.types.is_timestamp(column.type):
-        column = column.cast(pa.int64())
-    elif pa.types.is_date32(column.type):
-        column = column.cast(pa.int32())
-    return column.cast(pa.large_string()).cast(_BINARY)
 
 
 def _checksums(texts: pa.LargeBinaryArray, modulus: int) -> Integers:

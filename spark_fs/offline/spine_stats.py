@@ -23,12 +23,13 @@ from pyspark.sql import Column, DataFrame
 from pyspark.sql import functions as F
 
 from spark_fs.intervals import BEGINNING, UTC, from_micros, to_micros
+from spark_fs.key_bytes import can_be_key
 from spark_fs.offline.asof_plan import SpineStats
 from spark_fs.offline.blocks import Integers, as_integers
 from spark_fs.offline.colocated import NO_RESIDUE
 from spark_fs.offline.compute import key_residue
 from spark_fs.offline.placement import RESIDUES, Placement
-from spark_fs.offline.spine_files import can_be_keys, read_plain_files, residues_of
+from spark_fs.offline.spine_files import read_plain_files, residues_of
 
 _LAST = datetime.max.replace(tzinfo=UTC)
 #: A spine is read by the driver if Spark's planner gives its sources at most so many bytes …
@@ -168,7 +169,7 @@ def small_spine(spine: DataFrame, time_column: str, tuples: Iterable[Sequence[st
     plain, at = plainly_named(spine)
     keys = list(dict.fromkeys(tuple(names) for names in tuples if names))
     rows = read_plain_files(spine)
-    if rows is not None and all(can_be_keys([rows.schema.field(name).type for name in names]) for names in keys):
+    if rows is not None and all(can_be_key(rows.schema.field(name).type) for names in keys for name in names):
         residues = [residues_of([rows[name] for name in names], RESIDUES) for names in keys]
         rows = rows.rename_columns(plain.columns)
     else:

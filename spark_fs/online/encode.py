@@ -45,29 +45,6 @@ def encode_keys(batch: pa.RecordBatch) -> pa.LargeBinaryArray:
     return keys
 
 
-def key_column(columns: Sequence[pa.Array], keys: Sequence[Column], rows: int) -> pa.LargeBinaryArray:
-    """The key bytes of each row: the twin of ``codec.key_bytes`` for whole columns. Null where a part is null."""
-    texts = [_key_text(column, key) for column, key in zip(columns, keys, strict=True)]
-    if not texts:
-        return pa.array([b""] * rows, _BINARY)
-    if len(texts) == 1:
-        return texts[0]
-    parts: list[Any] = []
-    for text in texts:
-        parts += [pc.binary_length(text).cast(pa.large_string()).cast(_BINARY), literal(b":"), text]
-    return join(*parts)
-
-
-def _key_text(column: pa.Array, key: Column) -> pa.LargeBinaryArray:
-    if key.type.kind in ("string", "bytes"):
-        return column.cast(_BINARY)
-    if key.type.kind == "timestamp":
-        column = column.cast(_INSTANT).cast(pa.int64())
-    elif key.type.kind == "date":
-        column = column.cast(pa.int32())
-    return column.cast(pa.large_string()).cast(_BINARY)
-
-
 def encode_values(batch: pa.RecordBatch, features: Sequence[Column], generation: int) -> pa.LargeBinaryArray:
     """One stored value per row.
 

@@ -72,7 +72,8 @@ def _rows_within(
     import pyarrow.parquet as pq
 
     from spark_fs.files import open_file
-    from spark_fs.online.encode import BUILD, CREATED, EVENT, KEY, key_column
+    from spark_fs.key_bytes import key_column
+    from spark_fs.online.encode import BUILD, CREATED, EVENT, KEY
 
     names = [key.name for key in keys]
     values = [EVENT, CREATED, BUILD, *(feature.name for feature in target.features)]
@@ -83,7 +84,7 @@ def _rows_within(
             event = whole.column(EVENT)
             batch = whole.filter(pc.and_(pc.greater_equal(event, start), pc.less(event, end)))
             read[0] += batch.num_rows
-            columns = [key_column([batch.column(name) for name in names], keys, batch.num_rows)]
+            columns = [key_column([batch.column(name) for name in names], batch.num_rows)]
             columns += [batch.column(name) for name in values]
             yield pa.RecordBatch.from_arrays(columns, names=[KEY, *values])
 

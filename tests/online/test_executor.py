@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from spark_fs.errors import SparkFSError
 from spark_fs.files import create_file
 from spark_fs.intervals import to_micros
+from spark_fs.key_bytes import key_column
 from spark_fs.online import codec, encode, executor
 from spark_fs.online.redis_store import write_batches
 from spark_fs.spec import Column
@@ -47,14 +48,14 @@ def test_keys_of_whole_columns_are_those_of_single_values(column: Column, values
     array = pa.array(values, column.type.arrow())
     second = Column("second", String)
     texts = pa.array([f"{n}:é" for n in range(len(values))])
-    assert encode.key_column([array], [column], len(values)).to_pylist() == [codec.key_bytes([v], [column]) for v in values]
+    assert key_column([array], len(values)).to_pylist() == [codec.key_bytes([v], [column]) for v in values]
     pairs = [codec.key_bytes([v, f"{n}:é"], [column, second]) for n, v in enumerate(values)]
-    assert encode.key_column([array, texts], [column, second], len(values)).to_pylist() == pairs
+    assert key_column([array, texts], len(values)).to_pylist() == pairs
 
 
 def test_a_view_without_keys_has_one_empty_key() -> None:
     """Every row has the same key, which is empty."""
-    assert encode.key_column([], [], 3).to_pylist() == [b"", b"", b""]
+    assert key_column([], 3).to_pylist() == [b"", b"", b""]
 
 
 # ---- runs

@@ -12,8 +12,9 @@ import pytest
 from pyspark.sql import DataFrame, SparkSession
 from pyspark.sql import functions as F
 
+from spark_fs.key_bytes import can_be_key
 from spark_fs.offline.compute import key_residue
-from spark_fs.offline.spine_files import can_be_keys, read_plain_files, residues_of
+from spark_fs.offline.spine_files import read_plain_files, residues_of
 from spark_fs.offline.spine_stats import small_spine
 
 UTC = timezone.utc
@@ -72,7 +73,7 @@ def test_arrow_reads_what_spark_reads(spark: SparkSession, tmp_path: Path, files
         ]
         types = dict(frame.dtypes)
         for names in keys:
-            assert can_be_keys([found.schema.field(name).type for name in names])
+            assert all(can_be_key(found.schema.field(name).type) for name in names)
             residue = F.coalesce(key_residue([(F.col(name), types[name]) for name in names], 1024), F.lit(-1))
             expected = frame.select(*names, residue.alias("residue")).toArrow()
             mine = found.select(list(names)).append_column("residue", pa.array(residues_of([found[n] for n in names], 1024)))
