@@ -29,9 +29,10 @@ from pyspark.sql import functions as F
 
 from benchmarks.report import Report, spark_session
 from spark_fs.intervals import BEGINNING, Interval
-from spark_fs.materialize import materialize_view
+from spark_fs.materialize import MaterializeResult, materialize_view
 from spark_fs.offline.tables import FeatureTable
 from spark_fs.online.redis_store import OnlineTarget
+from spark_fs.registry import Registry
 from spark_fs.spec import Column, SourceSpec, ViewSpec
 from spark_fs.types import Float64, Int64
 
@@ -59,9 +60,11 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as folder, _server(Path(folder)) as url:
         spark = spark_session(Path(folder), "bench_materialize")
         table = _table(spark, f"{folder}/values", arguments.keys)
-        rates: dict[str, list[float]] = {"spark_fs": [], "equal": [], "redis_py": [], "redis_benchmark": []}
+        names = ("spark_fs", "equal", "unchanged", "redis_py", "redis_benchmark")
+        rates: dict[str, list[float]] = {name: [] for name in names}
         for run in range(arguments.runs + 1):  # run 0 warms the JVM and the workers and is not counted
-            measured = _round(table, url, arguments.keys)
+            registry = Registry(f"sqlite:///{folder}/registry-{run}.db", "bench")
+            measured = _round(registry, table, url, arguments.keys)
             print(f"run {run}: { ({name: round(rate) for name, rate in measured.items()}) }", file=sys.stderr)
             for name, rate in measured.items():
                 rates[name] += [rate] if run else []
@@ -75,16 +78,23 @@ def main() -> int:
     return report.exit_code
 
 
-def _round(table: FeatureTable, url: str, keys: int) -> dict[str, float]:
+def _round(registry: Registry, table: FeatureTable, url: str, keys: int) -> dict[str, float]:
     client = redis.Redis.from_url(url)
     target = OnlineTarget.of(url, VIEW)
     whole = Interval(BEGINNING, NOW)
     client.flushall()
-    first, again = ((time.perf_counter(), materialize_view(table, target, whole), time.perf_counter()) for _ in range(2))
+
+    def publish(*, everything: bool = False) -> tuple[float, MaterializeResult]:
+        began = time.perf_counter()
+        result = materialize_view(registry, table, target, whole, everything=everything)
+        return time.perf_counter() - began, result
+
+    first, again, unchanged = publish(), publish(everything=True), publish()
     assert first[1].applied == again[1].equal == keys
+    assert unchanged[1].rows_read == 0
     value_bytes = client.strlen(next(client.scan_iter(count=10)))
     client.flushall()
-    rates = {"spark_fs": keys / (first[2] - first[0]), "equal": keys / (again[2] - again[0])}
+    rates = {"spark_fs": keys / first[0], "equal": keys / again[0], "unchanged": keys / unchanged[0]}
     rates["redis_py"] = _hset_rate(client, keys // 10)
     client.flushall()
     rates["redis_benchmark"] = _set_rate(url, keys, value_bytes)
