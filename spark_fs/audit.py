@@ -109,6 +109,8 @@ def _counts(findings: DataFrame) -> dict[tuple[str | None, str], int]:
 
 def summary_text(results: list[AuditResult]) -> str:
     """One line that says what an audit came to."""
+    if not results:
+        return "Nothing was compared."
     faults = [result for result in results if not result.ok]
     if not faults:
         return f"All values of {sum(result.keys for result in results):,} rows online are as they should be."

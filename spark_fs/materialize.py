@@ -10,6 +10,7 @@ from __future__ import annotations
 import time
 import uuid
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from functools import partial, reduce
 from operator import and_, or_
@@ -35,7 +36,10 @@ from spark_fs.spec import ViewSpec
 #: How often a run begins anew because another one has published or restated the view meanwhile.
 _ATTEMPTS = 3
 #: What Spark and Delta say of a version whose log or files were cleaned up.
-_GONE = ("DELTA_VERSION_NOT_FOUND", "DELTA_FILE_NOT_FOUND", "FILE_NOT_EXIST", "VersionNotFoundException", "DELTA_TIMESTAMP")
+_GONE = (
+    *("DELTA_VERSION_NOT_FOUND", "DELTA_FILE_NOT_FOUND", "FILE_NOT_EXIST", "VersionNotFoundException", "DELTA_TIMESTAMP"),
+    "TIME_TRAVEL_BEYOND_DELETED_FILE_RETENTION",
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,13 +137,18 @@ def materialize_view(
         target = replace(target, generation=registry.generation(table.view), erased=registry.erased(table.view))
         log = table.commits()
         todo = plan_publication(log, known, interval, everything=everything or restate, repair=repair)
-        run = _Run(registry, table, todo, target)
-        run.offer_fresh(in_place=can_be_read_in_place(log), restate=restate, repair=repair)
-        run.offer_changes()
-        if repair:
-            run.bury_extra()
+        run = _Run(registry, table, todo, target, known)
+        in_place = can_be_read_in_place(log)
+        with suppress(_OvertakenError):
+            if repair:
+                run.offer_fresh(in_place=in_place, restate=False, repair=True)
+                run.bury_extra()
+            else:
+                # What is restated comes last: it is to stay.
+                run.offer_changes()
+                run.offer_fresh(in_place=in_place, restate=restate, repair=False)
         counts, withdrawn, rows_read = counts + run.counts, withdrawn + run.withdrawn, rows_read + run.rows_read
-        if not run.counts.fenced and _note(registry, table.view, target, known, todo):
+        if not run.overtaken and _note(registry, table.view, run, known, todo):
             return MaterializeResult(
                 view=table.view.reference,
                 interval=interval,
@@ -152,7 +161,7 @@ def materialize_view(
             )
     raise ConflictError.of(
         "SFS-615",
-        "Other runs have published or restated the same view again and again.",
+        "The view was published, restated or erased from by others, again and again, while this run looked at it.",
         why="What was written is right, but not noted as published.",
         fix="run the same command again when they have ended",
     )
@@ -168,27 +177,41 @@ def _check_not_lost(view: ViewSpec, target: OnlineTarget, token: str) -> None:
         )
 
 
-def _note(registry: Registry, view: ViewSpec, target: OnlineTarget, known: Published | None, done: Publication) -> bool:
-    """Note what is published now; False where another run has noted something else meanwhile."""
-    if known and (known.table_version, known.intervals) == (done.version, done.intervals) and not done.fresh:
+def _note(registry: Registry, view: ViewSpec, run: _Run, known: Published | None, done: Publication) -> bool:
+    """Note what is published now; False where another run has noted or restated something meanwhile."""
+    same = known and (known.table_version, known.intervals) == (done.version, done.intervals)
+    if same and known and known.token and not done.fresh:
         return True
-    token = uuid.uuid4().hex[:12]
+    token, target = uuid.uuid4().hex[:12], run.target
     # The mark first: with it lost, the rows before it may be lost too.
     leave_token(target.url, target.prefix, token, socket_timeout_seconds=target.socket_timeout_seconds)
-    return registry.set_published(view, known, Published(done.version, done.intervals, token))
+    return registry.set_published(view, known, Published(done.version, done.intervals, token), run.generation)
+
+
+class _OvertakenError(Exception):
+    """Another run has noted something since this attempt began."""
 
 
 class _Run:
     """One attempt: what was offered so far, and what became of it."""
 
-    def __init__(self, registry: Registry, table: FeatureTable, todo: Publication, target: OnlineTarget) -> None:
-        self._registry, self._table, self._todo, self._target = registry, table, todo, target
+    def __init__(
+        self, registry: Registry, table: FeatureTable, todo: Publication, target: OnlineTarget, known: Published | None
+    ) -> None:
+        self._registry, self._table, self._todo, self._known = registry, table, todo, known
+        #: Where rows go; and the generation that the view must still have when they are noted.
+        self.target, self.generation = target, target.generation
         self.counts, self.withdrawn, self.rows_read = WriteCounts(), 0, 0
-        self.note = ""
+        self.note, self._dropped = "", False
+
+    @property
+    def overtaken(self) -> bool:
+        """Whether others came in between, so that nothing may be noted."""
+        return self._dropped or self.counts.fenced > 0
 
     def offer_fresh(self, *, in_place: bool, restate: bool, repair: bool) -> None:
         """Offer all rows of the fresh intervals; a restatement or a repair lets them win over newer ones."""
-        todo, target = self._todo, self._target
+        todo, target = self._todo, self.target
         if not todo.fresh:
             return
         if restate or repair:
@@ -198,6 +221,9 @@ class _Run:
         else:
             counts, read = publish_rows(self._table.view, self._rows(todo.version, todo.fresh), target)
         self.counts, self.rows_read = self.counts + counts, self.rows_read + read
+        if restate:
+            # So that no other row ever carries the generation of a restatement: by it an audit tells them.
+            self.generation = self._registry.raise_generation(self._table.view)
 
     def offer_changes(self) -> None:
         """Offer rows that were added or changed since they were published, then restate the keys that have lost one."""
@@ -209,7 +235,7 @@ class _Run:
         except Exception as error:
             if not _is_gone(error):
                 raise
-            counts, read = publish_rows(view, self._rows(todo.version, todo.compared), self._target)
+            counts, read = publish_rows(view, self._rows(todo.version, todo.compared), self.target)
             self.counts, self.rows_read = self.counts + counts, self.rows_read + read
             self.note = (
                 f"Version {todo.since} of the table, which was published last, is gone: all rows were offered, but rows that "
@@ -221,7 +247,7 @@ class _Run:
         changed = changes(view, self._rows(since, todo.compared), self._rows(todo.version, todo.compared))
         seen, lost = Observation(), [F.count_if("_lost").alias("lost")]
         watched = changed.observe(seen, *lost)
-        counts, read = publish_rows(view, watched.where(~F.col("_lost")).drop("_lost"), self._target)
+        counts, read = publish_rows(view, watched.where(~F.col("_lost")).drop("_lost"), self.target)
         self.counts, self.rows_read = self.counts + counts, self.rows_read + read
         if observed(seen, changed, lost)["lost"]:
             at = F.struct("event_timestamp", "created_timestamp")
@@ -240,14 +266,20 @@ class _Run:
     def bury_extra(self) -> None:
         """Put tombstones in the place of rows that no published row of the table stands for."""
         published = newest_rows(self._table.view, self._rows(self._todo.version, self._todo.intervals))
-        counts, _ = _run(extra_keys(published, self._target), partial(executor.bury_rows, target=self._restating()))
+        counts, _ = _run(extra_keys(published, self.target), partial(executor.bury_rows, target=self._restating()))
         self.withdrawn += counts.applied
         self.counts += WriteCounts(fenced=counts.fenced, bytes=counts.bytes)
 
     def _restating(self, *, restates: bool = False) -> OnlineTarget:
-        """The target of rows that may replace newer ones, all of what was written before."""
-        generation = self._registry.raise_generation(self._table.view, restates=restates)
-        return replace(self._target, generation=generation, restating=True)
+        """The target of rows that may replace newer ones, all of what was written before.
+
+        Raises _OvertakenError where what was known is noted no more; from here on nobody can note anything without seeing this.
+        """
+        self.generation = self._registry.raise_generation(self._table.view, restates=restates)
+        if self._registry.published(self._table.view) != self._known:
+            self._dropped = True
+            raise _OvertakenError
+        return replace(self.target, generation=self.generation, restating=True)
 
     def _rows(self, version: int, intervals: Sequence[Interval]) -> DataFrame:
         return self._table.read(version).where(within_any(intervals))
@@ -295,10 +327,12 @@ def publish_rows(view: ViewSpec, rows: DataFrame, target: OnlineTarget) -> tuple
 
 
 def extra_keys(published: DataFrame, target: OnlineTarget) -> DataFrame:
-    """``_key`` of each row that is online though there is none in ``published`` (column ``_key``). One task looks them up."""
+    """``_key`` of each row that is online though it is erased or not in ``published`` (``_key``). One task looks them up."""
     spark = published.sparkSession
-    stored = spark.range(0, 1, 1, 1).mapInArrow(partial(compare.stored_keys, target=target), "_key binary")
-    return stored.distinct().join(published.select("_key"), "_key", "left_anti")
+    work = partial(compare.stored_keys, target=target)
+    stored = spark.range(0, 1, 1, 1).mapInArrow(work, "_key binary, _erased boolean").distinct()
+    unknown = stored.where(~F.col("_erased")).join(published.select("_key"), "_key", "left_anti")
+    return unknown.unionByName(stored.where("_erased")).select("_key")
 
 
 def _run(frame: DataFrame, work: Callable[..., Iterator[Any]]) -> tuple[WriteCounts, int]:

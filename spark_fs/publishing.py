@@ -165,7 +165,7 @@ def repair(context: click.Context, views: tuple[str, ...], output: str, print_on
 def erase(context: click.Context, view: str, entities: tuple[str, ...], undo: bool, output: str) -> None:
     r"""Remove ENTITIES (key=value[,key=value]) of a VIEW from the online store, for good: no later run brings them back.
 
-    Feature tables and sources are not touched: delete the rows there as well.
+    Feature tables, sources and what audits have noted are not touched: delete the rows there as well.
 
     \b
     Examples:  spark-fs erase user_spend user_id=4711 user_id=4712

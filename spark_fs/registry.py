@@ -314,11 +314,19 @@ class Registry:
         intervals = tuple(Interval(*map(from_micros, pair)) for pair in json.loads(row.intervals))
         return Published(row.table_version, intervals, row.token)
 
-    def set_published(self, view: ViewSpec, before: Published | None, after: Published) -> bool:
-        """Note what is published, in the place of ``before``; False, and no change, where that is noted no more."""
+    def set_published(self, view: ViewSpec, before: Published | None, after: Published, generation: int) -> bool:
+        """Note what is published, in the place of ``before``.
+
+        False, and no change, where that is noted no more or the generation is another one by now.
+        """
         values = _published_values(after)
+        self._begin_generations(view)
         try:
             with self._transaction() as connection:
+                # Written, so that whoever raises it at the same time has to wait for the end of this.
+                mine = self._of(tables.generations, view) & (tables.generations.c.generation == generation)
+                if connection.execute(tables.generations.update().where(mine).values(generation=generation)).rowcount != 1:
+                    return False
                 if before is None:
                     identity = {"project": self.project, "view": view.name, "version": view.version}
                     connection.execute(tables.published.insert().values(**identity, **values))
@@ -342,9 +350,7 @@ class Registry:
 
     def raise_generation(self, view: ViewSpec, *, restates: bool = False) -> int:
         """A generation greater than all before it; ``restates``: rows written with it may be older on purpose."""
-        identity = {"project": self.project, "view": view.name, "version": view.version}
-        with suppress(IntegrityError), self._transaction() as connection:
-            connection.execute(tables.generations.insert().values(**identity, generation=1, restated="[]"))
+        self._begin_generations(view)
         raised = (
             tables.generations.update()
             .where(self._of(tables.generations, view))
@@ -356,6 +362,11 @@ class Registry:
                 known = canonical_json([*json.loads(row.restated), row.generation])
                 connection.execute(tables.generations.update().where(self._of(tables.generations, view)).values(restated=known))
         return int(row.generation)
+
+    def _begin_generations(self, view: ViewSpec) -> None:
+        identity = {"project": self.project, "view": view.name, "version": view.version}
+        with suppress(IntegrityError), self._transaction() as connection:
+            connection.execute(tables.generations.insert().values(**identity, generation=1, restated="[]"))
 
     def restated(self, view: ViewSpec) -> frozenset[int]:
         """The generations whose rows may be older than the table's newest, on purpose."""

@@ -143,6 +143,8 @@ def prepare_file(file: Path) -> None:
 def from_1_to_2(connection: sa.Connection) -> None:
     """Format 1 knew one interval from the beginning on in the place of published ones."""
     TABLES.create_all(connection)
+    if not sa.inspect(connection).has_table("sfs_watermarks"):
+        return  # another process has just done it
     old = sa.Table("sfs_watermarks", sa.MetaData(), autoload_with=connection)
     for row in connection.execute(sa.select(old)).all():
         known = {"table_version": row.table_version, "token": ""}

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
-from spark_fs.online.codec import HEADER, SIGN_BIT, Decoder, read_header, redis_key, schema_id
+from spark_fs.online.codec import HEADER, SIGN_BIT, Decoder, key_digest, read_header, redis_key, schema_id
 from spark_fs.online.connect import open_client, redis_errors, row_pattern
 from spark_fs.online.redis_store import OnlineTarget
 
@@ -63,7 +63,10 @@ def compare_rows(
 
 
 def stored_keys(batches: Iterator[pa.RecordBatch], target: OnlineTarget) -> Iterator[pa.RecordBatch]:
-    """The key bytes of all rows that are online, as ``_key``, some of them perhaps twice; tombstones are none. For one task."""
+    """The key bytes of all rows that are online, as ``_key``, some of them perhaps twice; tombstones are none. For one task.
+
+    ``_erased``: whether the key must not be there.
+    """
     import pyarrow as pa
 
     for _ in batches:
@@ -79,7 +82,8 @@ def stored_keys(batches: Iterator[pa.RecordBatch], target: OnlineTarget) -> Iter
             rows = [name for name, length in zip(names, lengths.execute(), strict=True) if length != HEADER.size]
             # After the prefix comes the tag in braces, then a colon.
             keys = [name[len(target.prefix) :].partition(b"}:")[2] for name in rows]
-            yield pa.RecordBatch.from_pydict({"_key": pa.array(keys, pa.binary())})
+            erased = [bool(target.erased) and key_digest(target.prefix, key) in target.erased for key in keys]
+            yield pa.RecordBatch.from_pydict({"_key": pa.array(keys, pa.binary()), "_erased": pa.array(erased, pa.bool_())})
             if cursor == 0:
                 return
 
@@ -100,7 +104,8 @@ def _judge(target: OnlineTarget, restated: frozenset[int], now_us: int) -> Calla
         assert stored is not None
         findings = []
         for name, wanted, found in zip(names, decode(expected), decode(stored), strict=True):
-            same = repr(wanted) == repr(found)  # by their text, in which NaN is NaN and 0.0 is not -0.0
+            # By their text, in which NaN is NaN; and as runs compare them, for which 0.0 is -0.0.
+            same = repr(wanted) == repr(found) or wanted == found
             counts[name, EQUAL if same else WRONG] += 1
             findings += [] if same else [(name, WRONG, repr(wanted)[:_SHOWN], repr(found)[:_SHOWN])]
         return findings

@@ -31,10 +31,10 @@ def erase_entities(
         prefix, keys = key_prefix(view), entity_keys(view, entity_rows)
         names += [redis_key(prefix, key) for key in keys]
         digests |= {key_digest(prefix, key) for key in keys}
-    # The registry first: a run that begins in between does not write them, and one under way finds the tombstones.
+    # Noted keys are not written, so the note comes first and goes last: a tombstone without one would stop every run.
     if undo:
-        registry.forget_erasures(versions[0], digests)
         reopen_keys(url, names, socket_timeout_seconds=socket_timeout_seconds)
+        registry.forget_erasures(versions[0], digests)
     else:
         registry.erase(versions[0], digests)
         erase_keys(url, names, socket_timeout_seconds=socket_timeout_seconds)

@@ -67,7 +67,7 @@ local winner, writes, last = {}, {}, 0
 for i = 1, rows do
   local key, new = KEYS[i], ARGV[i]
   local old = winner[key] or stored[i]
-  local order, raised = 1, 0
+  local order, raised, same = 1, 0, false
   if old == new then
     order = 0
   elseif old then
@@ -75,13 +75,16 @@ for i = 1, rows do
     local b0, b1, b2, b3, b4, b5 = words('>I4I4I4I4I4I4', old)
     raised = a0 - b0
     order = a1 ~= b1 and a1 - b1 or a2 ~= b2 and a2 - b2 or a3 ~= b3 and a3 - b3 or a4 ~= b4 and a4 - b4 or a5 - b5
-    if raised > 0 and restating and string.sub(new, 5) ~= string.sub(old, 5) then order = 1 end
+    if raised > 0 and restating then
+      same = string.sub(new, 5) == string.sub(old, 5)
+      order = 1
+    end
   end
   if order > 0 and raised < 0 then
     fenced = fenced + 1
   elseif order > 0 then
     winner[key] = new
-    applied = applied + 1
+    if same then equal = equal + 1 else applied = applied + 1 end
     writes[last + 1], writes[last + 2] = key, new
     last = last + 2
   elseif order == 0 then

@@ -168,7 +168,7 @@ def test_projects_in_one_database_do_not_meet(registry, url):
     registry.begin_build(VIEW, Interval(NOON, NOON + HOUR))
     registry.begin_run("r1", "build", "spending@1")
     registry.add_dataset("d", 1, {"name": "d", "version": 1})
-    registry.set_published(VIEW, None, Published(1, (TODAY,)))
+    registry.set_published(VIEW, None, Published(1, (TODAY,)), 1)
     registry.raise_generation(VIEW)
     registry.erase(VIEW, [b"digest"])
     assert (other.state().serial, other.state().views, other.history(), other.runs(), other.datasets()) == (0, {}, [], [], [])
@@ -307,7 +307,7 @@ def test_of_runs_that_publish_at_once_one_is_noted(url):
             ) -> list[int]:
                 mine = 100 * turn + numbered[0]
                 barrier.wait()
-                return [mine] if numbered[1].set_published(view, before, Published(mine, (TODAY,))) else []
+                return [mine] if numbered[1].set_published(view, before, Published(mine, (TODAY,)), 1) else []
 
             with ThreadPoolExecutor(many) as pool:
                 won = [number for numbers in pool.map(publish, enumerate(registries)) for number in numbers]
@@ -361,7 +361,7 @@ def test_an_interval_keeps_its_microseconds(registry):
 def test_forgetting_builds_leaves_nothing_built_or_published(registry):
     """But numbers go on: rows of a new build must not carry an old number."""
     registry.finish_build(VIEW, registry.begin_build(VIEW, Interval(NOON, NOON + HOUR)), "done", {})
-    registry.set_published(VIEW, None, Published(5, (TODAY,)))
+    registry.set_published(VIEW, None, Published(5, (TODAY,)), 1)
     registry.raise_generation(VIEW)
     registry.forget_builds(VIEW)
     assert registry.built(VIEW) == []
@@ -375,13 +375,16 @@ def test_what_is_published_is_noted_only_in_the_place_of_what_was_seen(registry)
     first = Published(5, (Interval(datetime(1, 1, 1, tzinfo=timezone.utc), NOON), Interval(NOON + HOUR, NOON + 2 * HOUR)))
     second = Published(6, (Interval(NOON, NOON + timedelta(microseconds=1)),))
     assert registry.published(VIEW) is None
-    assert not registry.set_published(VIEW, second, first)
-    assert registry.set_published(VIEW, None, first)
+    assert not registry.set_published(VIEW, second, first, 1)
+    assert registry.set_published(VIEW, None, first, 1)
     assert registry.published(VIEW) == first
-    assert not registry.set_published(VIEW, None, second)
-    assert not registry.set_published(VIEW, second, second)
-    assert registry.set_published(VIEW, first, second)
+    assert not registry.set_published(VIEW, None, second, 1)
+    assert not registry.set_published(VIEW, second, second, 1)
+    assert registry.set_published(VIEW, first, second, 1)
     assert registry.published(VIEW) == second
+    registry.raise_generation(VIEW)
+    assert not registry.set_published(VIEW, second, first, 1)
+    assert registry.set_published(VIEW, second, first, 2)
 
 
 def test_an_erased_key_is_noted_for_all_versions_of_its_view(registry):

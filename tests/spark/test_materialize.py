@@ -471,13 +471,13 @@ class BusyRegistry(Registry):
 
     times = 0
 
-    def set_published(self, view: ViewSpec, before: Published | None, after: Published) -> bool:
+    def set_published(self, view: ViewSpec, before: Published | None, after: Published, generation: int) -> bool:
         if self.times:
             self.times -= 1
             longer = Interval(START, END + (self.times + 1) * HOUR)
             less = replace(after, table_version=after.table_version - 1, intervals=(longer,))
-            assert super().set_published(view, before, less)
-        return super().set_published(view, before, after)
+            assert super().set_published(view, before, less, generation)
+        return super().set_published(view, before, after, generation)
 
 
 def test_a_run_that_others_overtake_looks_again_and_ends(fs: FeatureStore, folder: Path, spark: SparkSession) -> None:
@@ -542,6 +542,66 @@ def test_an_audit_finds_every_fault_and_a_repair_mends_them(fs: FeatureStore, fo
     assert fs.audit()[0].ok
     assert online(fs, [*range(8), 99]) == [*range(8), "NOT_FOUND"]
     assert fs.materialize_incremental(END)[0].rows_read == 0
+
+
+def test_a_repair_with_a_ttl_and_changes_under_way_ends(folder: Path, spark: SparkSession) -> None:
+    """Rows past their ttl leave tombstones; what builds have changed meanwhile is published by the same repair."""
+    fs = open_project(folder, SPEND.replace("payments)", "payments, ttl=timedelta(days=2))"), spark)
+    fs.apply()
+    put(folder, [(1, END - DAY, 10), (2, END - 3 * DAY, 20)])
+    fs.materialize_incremental(END)
+    put(folder, [(1, END - DAY, 11), (2, END - 3 * DAY, 21), (3, END - DAY, 30)])
+    fs.build(start=START, end=END)
+    (result,) = fs.repair()
+    assert (result.applied, result.expired) == (2, 1)
+    assert online(fs, [1, 2, 3]) == [11, "NOT_FOUND", 30]
+    assert fs.audit()[0].ok
+    assert counts(fs.materialize_incremental(END)) == (0, 0, 0, 0, 0)
+
+
+def test_an_erased_row_that_came_back_is_found_and_removed(fs: FeatureStore, folder: Path) -> None:
+    """As after a restart from an older copy: it is there again, although no run would write it."""
+    put(folder, [(1, START, 10), (2, START, 20)])
+    fs.materialize_incremental(END)
+    name = redis_key(key_prefix(fs.registry.state().require_view("spend")), b"1")
+    with redis.Redis.from_url(fs.online_url()) as client:
+        before = client.get(name)
+        fs.erase("spend", {"user_id": [1]})
+        assert fs.audit()[0].ok
+        client.set(name, before)  # type: ignore[arg-type]
+    (found,) = fs.audit()
+    assert (found.ok, found.extra, found.keys) == (False, 1, 1)
+    fs.repair()
+    assert online(fs, [1, 2]) == ["NOT_FOUND", 20]
+    assert fs.audit()[0].ok
+
+
+def test_a_withdrawal_does_not_undo_what_others_have_noted(fs: FeatureStore, folder: Path, spark: SparkSession) -> None:
+    """A run that looked at the table before another one published newer rows drops its withdrawal and looks again."""
+    put(folder, [(1, START, 10), (1, START + HOUR, 11)])
+    fs.materialize_incremental(END)
+    put(folder, [(1, START, 10)])
+    fs.build(start=START, end=END)
+    view = fs.registry.state().require_view("spend")
+
+    class Overtaken(Registry):
+        """When it is about to withdraw, another run has just published a newer row."""
+
+        done = False
+
+        def raise_generation(self, view: ViewSpec, *, restates: bool = False) -> int:
+            if not self.done:
+                self.done = True
+                put(folder, [(1, START, 10), (1, START + 2 * HOUR, 12)])
+                fs.build(start=START, end=END)
+                fs.materialize_incremental(END)
+            return super().raise_generation(view, restates=restates)
+
+    registry = Overtaken(fs.environment.registry_url, fs.project)
+    table = FeatureTable(spark, feature_table_path(fs.environment.offline_root, view), view)
+    materialize_view(registry, table, OnlineTarget.of(fs.online_url(), view), Interval(START, END))
+    assert online(fs, [1]) == [12]
+    assert fs.audit()[0].ok
 
 
 def test_a_restated_value_is_no_fault_until_it_is_repaired(fs: FeatureStore, folder: Path) -> None:
@@ -625,20 +685,28 @@ class Model:
 
     def publish(self, users: Sequence[int], start: int, end: int, *, restate: bool = False, everything: bool = False) -> None:
         self.cover(end)
-        wanted, began = set(range(start, end)), self.generation
-        if restate:
-            self.generation += 1
-        for user in users:
-            self.offer(user, self.newest(user, wanted if restate or everything else wanted - self.hours), restate=restate)
-        changed = {p: row for p, row in self.table.items() if p[1] in self.hours and self.known.get(p, (0, None))[1] != row[1]}
+        wanted, began, hours = set(range(start, end)), self.generation, set(self.hours)
+        changed = {p: row for p, row in self.table.items() if p[1] in hours and self.known.get(p, (0, None))[1] != row[1]}
         for user in users:
             self.offer(user, self.newest(user, {event for of, event in changed if of == user}))
-        lost = {of for of, event in self.known if event in self.hours and (of, event) not in self.table}
+        lost = {of: max(event for o, event in self.known if o == of and event in hours and (of, event) not in self.table)
+                for of, event in self.known if event in hours and (of, event) not in self.table}  # fmt: skip
         self.hours |= wanted
         if lost:
             self.generation += 1
-        for user in lost - self.erased:
-            self.offer(user, self.newest(user, self.hours) or (self.generation, -1, -1, None), restate=True)
+        for user, at in lost.items():
+            row = self.newest(user, self.hours) or (self.generation, -1, -1, None)
+            if row[1] < at and user not in self.erased:
+                self.offer(user, row, restate=True)
+        offering = began
+        if restate:
+            self.generation += 1
+            offering = self.generation
+        for user in users:
+            row = self.newest(user, wanted if restate or everything else wanted - hours)
+            self.offer(user, row and (offering, *row[1:]), restate=restate)
+        if restate:
+            self.generation += 1
         self.known = dict(self.table)
         self.sent.append((began, {place: row for place, row in self.known.items() if place[1] in self.hours}))
 
