@@ -39,13 +39,9 @@ def read_plain_files(spine: DataFrame) -> pa.Table | None:
         if not files:
             return None
         wanted = to_arrow_schema(spine.schema, timezone="UTC")
-        tables = [_read(file, wanted) for file in files]
+        whole = pa.concat_tables([_read(file, wanted) for file in files])
     except Exception:  # noqa: BLE001  # whatever it is, Spark finds it too, and says it better
         return None
-    known = [table for table in tables if table is not None]
-    if len(known) < len(tables):
-        return None
-    whole = pa.concat_tables(known)
     return None if any(map(_may_be_moved, whole.columns)) else whole
 
 
@@ -72,14 +68,13 @@ def _names(options: object) -> list[str]:
     return [str(name) for name in options.keySet().mkString("\n").splitlines()]  # type: ignore[attr-defined]
 
 
-def _read(file: str, wanted: pa.Schema) -> pa.Table | None:
+def _read(file: str, wanted: pa.Schema) -> pa.Table:
+    """The file's rows; ValueError where it has other columns than wanted, or other types, in any order."""
     with open_file(file) as stream:
         parquet = pq.ParquetFile(stream)
         found = parquet.schema_arrow
-        if set(found.names) != set(wanted.names) or len(found.names) != len(wanted.names):
-            return None
-        if any(found.field(field.name).type != field.type for field in wanted):
-            return None
+        if sorted(found.names) != sorted(wanted.names) or any(found.field(field.name).type != field.type for field in wanted):
+            raise ValueError(f"{file} is not as Spark has it")
         return parquet.read().select(wanted.names).replace_schema_metadata(None)
 
 
