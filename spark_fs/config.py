@@ -71,6 +71,7 @@ class OnlineConfig(_Section):
     )
     port: int = Setting(0, ge=0, le=65535, description="port of the embedded server; 0 takes a free one")
     timeout_seconds: float = Setting(5.0, gt=0, description="longest wait for an answer of the server")
+    lease_wait_seconds: float = Setting(300.0, ge=0, description="longest wait for another run of the same view")
 
 
 class BuildConfig(_Section):

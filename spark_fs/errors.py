@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from enum import IntEnum
+from typing import Any
 
 
 class ExitCode(IntEnum):
@@ -50,6 +51,8 @@ class SparkFSError(Exception):
 
     exit_code: ExitCode = ExitCode.FAILED
     retryable: bool = False
+    #: What did not finish, of a run over several views: a row with view and state for each.
+    unfinished: Sequence[Mapping[str, Any]] = ()
 
     def __init__(self, *problems: Problem) -> None:
         super().__init__(*problems)
@@ -99,6 +102,14 @@ class PartlyDoneError(SparkFSError):
     def __init__(self, *problems: Problem, results: Sequence[object] = ()) -> None:
         super().__init__(*problems)
         self.results = tuple(results)
+
+
+class InterruptedRunError(KeyboardInterrupt):
+    """Ctrl-C during a run over several views: the results of those that had finished, and a row for each that had not."""
+
+    def __init__(self, results: Sequence[object], unfinished: Sequence[Mapping[str, Any]]) -> None:
+        super().__init__()
+        self.results, self.unfinished = tuple(results), tuple(unfinished)
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:

@@ -19,8 +19,8 @@ PACKAGE = ROOT / "spark_fs"
 
 #: Each module imports only what stands before it.
 ORDER = [
-    "errors", "intervals", "types", "spec", "definitions", "config", "transformations", "repo", "registry_tables", "registry",
-    "plan",
+    "errors", "intervals", "types", "spec", "definitions", "config", "transformations", "repo", "registry_tables", "ledger",
+    "registry", "plan",
     "jars", "session", "files", "key_bytes",
     "offline.sources", "offline.compute", "offline.changes", "offline.layout", "offline.blocks", "offline.bucket_files",
     "offline.table_log", "offline.transaction", "offline.tables", "offline.placement", "offline.asof_plan",
@@ -28,7 +28,7 @@ ORDER = [
     "offline.spines", "offline.datasets",
     "online.codec", "online.connect", "online.encode", "online.redis_store", "online.compare", "online.executor",
     "online.server", "online.read", "online.erase",
-    "doctor", "build", "materialize", "audit", "store", "console", "submit", "template",
+    "doctor", "build", "publication", "materialize", "audit", "store", "console", "submit", "template",
     "command", "machine", "publishing", "cli",
 ]  # fmt: skip
 

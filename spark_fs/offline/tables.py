@@ -121,7 +121,7 @@ class FeatureTable:
 
     def files_by_bucket(self, version: int) -> Counter[int]:
         """How many data files each bucket has at a version. Starts no job."""
-        return Counter(int(_BUCKET_FOLDER.findall(file)[-1]) for file in self.data_files(version))
+        return Counter(map(bucket_of_file, self.data_files(version)))
 
     def read(self, version: int | None = None) -> DataFrame:
         """The table's rows at a version (default: the newest)."""
@@ -288,6 +288,11 @@ class FeatureTable:
         order = [quoted(name) for name in (*self.view.key_names, "event_timestamp", "created_timestamp")]
         # Delta writes one file for each partition and bucket, and keeps an order that begins with the bucket.
         return rows.repartitionById(len(wanted.rewritten), position.cast("int")).sortWithinPartitions("_bucket", *order)
+
+
+def bucket_of_file(file: str) -> int:
+    """The bucket that a data file of a feature table belongs to."""
+    return int(_BUCKET_FOLDER.findall(file)[-1])
 
 
 def _as_bytes(spark: SparkSession, setting: str) -> int:
