@@ -12,8 +12,8 @@ from typing import Any
 from pyspark.sql import DataFrame
 from pyspark.sql import functions as F
 
+from spark_fs.dispatch import extra_keys, newest_rows, within_any
 from spark_fs.intervals import UTC
-from spark_fs.materialize import extra_keys, newest_rows, within_any
 from spark_fs.offline.tables import FeatureTable
 from spark_fs.online import compare
 from spark_fs.online.redis_store import OnlineTarget

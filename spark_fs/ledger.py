@@ -23,7 +23,7 @@ from sqlalchemy.exc import IntegrityError
 
 from spark_fs import registry_tables as tables
 from spark_fs.errors import ConflictError
-from spark_fs.intervals import from_micros, text
+from spark_fs.intervals import Interval, from_micros, text, to_micros
 from spark_fs.registry_tables import now_text, user_name
 from spark_fs.spec import ViewSpec, canonical_json
 
@@ -34,6 +34,31 @@ _RENEW_SECONDS, _LOOK_SECONDS = 10.0, 0.25
 
 #: Counts of what became of the rows of one bucket, by name.
 Counts = Mapping[str, int]
+
+
+@dataclass(frozen=True, slots=True)
+class Published:
+    """What of a view is online: rows of its table at ``table_version`` with event times in ``intervals`` (merged).
+
+    ``token`` is the mark that the run has left in the online store; empty where it left none. ``epoch`` counts the full
+    refreshes: readers see the rows of one epoch only.
+    """
+
+    table_version: int
+    intervals: tuple[Interval, ...]
+    token: str = ""
+    epoch: int = 0
+
+    def to_json(self) -> dict[str, Any]:
+        """The claim as JSON values; instants in microseconds."""
+        pairs = [[to_micros(interval.start), to_micros(interval.end)] for interval in self.intervals]
+        return {"table_version": self.table_version, "intervals": pairs, "token": self.token, "epoch": self.epoch}
+
+    @classmethod
+    def from_json(cls, body: Mapping[str, Any]) -> Published:
+        """The claim that ``to_json`` has given."""
+        intervals = tuple(Interval(*map(from_micros, pair)) for pair in body["intervals"])
+        return cls(body["table_version"], intervals, body["token"], body["epoch"])
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,6 +87,15 @@ class Intent:
     started_at: str
     finished_at: str | None = None
     parts: tuple[Part, ...] = ()
+
+    def to_json(self) -> dict[str, Any]:
+        """What people are shown of it: table version, intervals, state, and the counts of each confirmed bucket."""
+        todo = self.plan["todo"]
+        intervals = {name: [[text(from_micros(us)) for us in pair] for pair in todo[name]] for name in ("fresh", "compared")}
+        times = {"started_at": self.started_at, "finished_at": self.finished_at}
+        left = {"state": self.state, **times, "buckets_left": self.buckets_left}
+        parts = [{"step": p.step, "bucket": p.bucket, "generation": p.generation, **p.counts} for p in self.parts]
+        return {"view": self.view, "table_version": todo["version"], **intervals, **left, "buckets": parts}
 
     @property
     def buckets_left(self) -> int:

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from spark_fs.intervals import Interval, from_micros, intersect, merge, missing, to_micros
+from spark_fs.ledger import Published
 from spark_fs.offline.table_log import Commit, changed_since
-from spark_fs.registry import Published
 
 
 @dataclass(frozen=True, slots=True)

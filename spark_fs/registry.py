@@ -19,7 +19,7 @@ from sqlalchemy.exc import DatabaseError, IntegrityError, OperationalError, Prog
 from spark_fs import registry_tables as tables
 from spark_fs.errors import ConflictError, InvalidError, did_you_mean, translate, without_secrets
 from spark_fs.intervals import Interval, from_micros, merge, to_micros
-from spark_fs.ledger import Ledger
+from spark_fs.ledger import Ledger, Published
 from spark_fs.registry_tables import now_text, user_name
 from spark_fs.spec import ServiceSpec, SourceSpec, ViewSpec, canonical_json
 
@@ -79,31 +79,6 @@ class Build:
     build: int
     interval: Interval
     details: Mapping[str, Any]
-
-
-@dataclass(frozen=True, slots=True)
-class Published:
-    """What of a view is online: rows of its table at ``table_version`` with event times in ``intervals`` (merged).
-
-    ``token`` is the mark that the run has left in the online store; empty where it left none. ``epoch`` counts the full
-    refreshes: readers see the rows of one epoch only.
-    """
-
-    table_version: int
-    intervals: tuple[Interval, ...]
-    token: str = ""
-    epoch: int = 0
-
-    def to_json(self) -> dict[str, Any]:
-        """The claim as JSON values; instants in microseconds."""
-        pairs = [[to_micros(interval.start), to_micros(interval.end)] for interval in self.intervals]
-        return {"table_version": self.table_version, "intervals": pairs, "token": self.token, "epoch": self.epoch}
-
-    @classmethod
-    def from_json(cls, body: Mapping[str, Any]) -> Published:
-        """The claim that ``to_json`` has given."""
-        intervals = tuple(Interval(*map(from_micros, pair)) for pair in body["intervals"])
-        return cls(body["table_version"], intervals, body["token"], body["epoch"])
 
 
 class Registry:
@@ -337,7 +312,7 @@ class Registry:
 
         False, and no change, where that is noted no more or the generation is another one by now.
         """
-        values = _published_values(after)
+        values = _columns_of(after)
         self._begin_generations(view)
         try:
             with self._transaction() as connection:
@@ -349,7 +324,7 @@ class Registry:
                     identity = {"project": self.project, "view": view.name, "version": view.version}
                     connection.execute(tables.published.insert().values(**identity, **values))
                     return True
-                known = _published_values(before)
+                known = _columns_of(before)
                 same = sa.and_(*(tables.published.c[name] == value for name, value in known.items()))
                 changed = connection.execute(
                     tables.published.update().where(self._of(tables.published, view) & same).values(values)
@@ -502,6 +477,6 @@ class Registry:
         return self._named(table, view) & (table.c.version == view.version)
 
 
-def _published_values(published: Published) -> dict[str, Any]:
+def _columns_of(published: Published) -> dict[str, Any]:
     values = published.to_json()
     return {**values, "intervals": canonical_json(values["intervals"])}

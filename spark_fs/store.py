@@ -23,7 +23,7 @@ from spark_fs.errors import (
     summary,
     translate,
 )
-from spark_fs.intervals import BEGINNING, Interval, from_micros, missing, text
+from spark_fs.intervals import BEGINNING, Interval, missing
 from spark_fs.plan import Plan, apply_plan, make_plan
 from spark_fs.registry import Registry, State
 from spark_fs.repo import Repository, load
@@ -36,7 +36,6 @@ if TYPE_CHECKING:
     from spark_fs.audit import AuditResult
     from spark_fs.build import BuildResult, OptimizeResult
     from spark_fs.definitions import FeatureService
-    from spark_fs.ledger import Intent
     from spark_fs.materialize import MaterializeResult
     from spark_fs.offline.datasets import Dataset, OfflineStore, RetrievalJob
     from spark_fs.online.read import OnlineReader, OnlineResponse
@@ -308,7 +307,7 @@ class FeatureStore:
     def run(self, run_id: str) -> tuple[dict[str, Any], list[dict[str, Any]]]:
         """One run as the registry has it, and what it has published: table version, intervals, state, confirmed buckets."""
         found = self.registry.require_run(run_id)
-        return found, [_publication_row(intent) for intent in self.registry.ledger.of_run(run_id)]
+        return found, [intent.to_json() for intent in self.registry.ledger.of_run(run_id)]
 
     def destroy(self, view: str, version: int | None = None) -> dict[str, Any]:
         """Delete the feature table and online values of a view version that is neither current nor used by a service."""
@@ -451,15 +450,6 @@ class FeatureStore:
         return (
             f"<b>{escape(self.project)}</b> ({escape(self.environment.name)}), serial {state.serial}<table>{head}{rows}</table>"
         )
-
-
-def _publication_row(intent: Intent) -> dict[str, Any]:
-    todo = intent.plan["todo"]
-    intervals = {name: [[text(from_micros(us)) for us in pair] for pair in todo[name]] for name in ("fresh", "compared")}
-    parts = [{"step": part.step, "bucket": part.bucket, "generation": part.generation, **part.counts} for part in intent.parts]
-    names = ("view", "state", "started_at", "finished_at")
-    told = {name: getattr(intent, name) for name in names}
-    return {**told, "table_version": todo["version"], **intervals, "buckets_left": intent.buckets_left, "buckets": parts}
 
 
 def parse_reference(reference: str) -> tuple[str, int | None]:

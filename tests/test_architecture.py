@@ -28,7 +28,7 @@ ORDER = [
     "offline.spines", "offline.datasets",
     "online.codec", "online.connect", "online.encode", "online.redis_store", "online.compare", "online.executor",
     "online.server", "online.read", "online.erase",
-    "doctor", "build", "publication", "materialize", "audit", "store", "console", "submit", "template",
+    "doctor", "build", "publication", "dispatch", "materialize", "audit", "store", "console", "submit", "template",
     "command", "machine", "publishing", "cli",
 ]  # fmt: skip
 

@@ -30,7 +30,7 @@ _FINDING = ("feature", "status", "rows", "key", "expected", "found")
 FINDINGS = "feature string, status string, rows bigint, key binary, expected string, found string"
 #: How long a value is shown at most.
 _SHOWN = 200
-_TIMES = slice(4, 24)  # of a header: event time, created time and build
+_TIMES = slice(4, 20)  # of a header: event and created time
 
 
 def compare_rows(
@@ -102,12 +102,15 @@ def _judge(target: OnlineTarget, restated: frozenset[int], now_us: int) -> Calla
                 return []
             return [(None, status, str(read_header(expected)), None if stored is None else _header_of(stored))]
         assert stored is not None
+        # A later build of the same rows is not sent again; where values differ the older one tells.
+        build, of = read_header(stored).build, read_header(expected).build
+        fault = WRONG if build == of else STALE if build < of else AHEAD
         findings = []
         for name, wanted, found in zip(names, decode(expected), decode(stored), strict=True):
             # By their text, in which NaN is NaN; and as runs compare them, for which 0.0 is -0.0.
             same = repr(wanted) == repr(found) or wanted == found
-            counts[name, EQUAL if same else WRONG] += 1
-            findings += [] if same else [(name, WRONG, repr(wanted)[:_SHOWN], repr(found)[:_SHOWN])]
+            counts[name, EQUAL if same else fault] += 1
+            findings += [] if same or fault == AHEAD else [(name, fault, repr(wanted)[:_SHOWN], repr(found)[:_SHOWN])]
         return findings
 
     return judge

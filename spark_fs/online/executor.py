@@ -123,7 +123,7 @@ def publish_files(
     read, total = [0], WriteCounts()
     with redis_errors():
         for batch in batches:
-            for file, bucket in zip(batch.column("file").to_pylist(), batch.column("_bucket").to_pylist(), strict=True):
+            for file, bucket in zip(*(batch.column(name).to_pylist() for name in ("file", "_bucket")), strict=True):
                 rows = _newest(_rows_within(file, target, keys, start_us, end_us, read))
                 counts = write_batches(rows, target, distinct=True)
                 total += counts

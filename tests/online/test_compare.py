@@ -67,6 +67,20 @@ def test_what_is_on_purpose_is_no_fault(url: str) -> None:
     assert compared(known, expected.slice(0, 1), [3])[1] == [(b"restated", None, "stale")]
 
 
+def test_a_row_that_was_built_again_is_equal_unless_its_values_differ(url: str) -> None:
+    """Later builds of the same rows are not sent; at the same time the older build is the stale one."""
+    target = target_of(url)
+    write_batches(iter([batch([b"a", b"b", b"c"], NOON, builds=[1, 1, 3], n=[1, 2, 3])]), target)
+    counts, findings = compared(target, batch([b"a", b"b", b"c"], NOON, builds=2, n=[1, 20, 30]))
+    assert findings == [(b"b", "n", "stale")]
+    assert {status: rows for (feature, status), rows in counts.items() if feature == "n"} == {
+        "equal": 1,
+        "stale": 1,
+        "ahead": 1,
+    }
+    assert counts["s", "equal"] == 3
+
+
 def test_values_are_compared_to_the_last_bit(url: str, client: redis.Redis) -> None:
     """NaN is NaN, 0.0 is -0.0, and null is not 0."""
     features = (Column("f", Float64), Column("i", Int64))

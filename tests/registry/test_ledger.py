@@ -135,11 +135,14 @@ def test_a_run_waits_for_another_and_is_told_if_that_takes_too_long(registry, ur
         with pytest.raises(ConflictError, match=r"SFS-617.*spending@1.*run1") as caught, other.held(VIEW, "run2", 1.0):
             pass
         assert caught.value.exit_code == 6
-        with ThreadPoolExecutor(1) as pool:
-            waiting = pool.submit(lambda: other.held(VIEW, "run2", 20).__enter__())
-            time.sleep(0.3)
+
+    def wait() -> str:
+        with other.held(VIEW, "run2", 20), sa.create_engine(url).connect() as connection:
+            return str(connection.execute(sa.text("SELECT run_id FROM sfs_leases")).scalar())
+
+    with ThreadPoolExecutor(1) as pool:
+        with registry.ledger.held(VIEW, "run1", 0):
+            waiting = pool.submit(wait)
+            time.sleep(1)
             assert not waiting.done()
-            registry.ledger.release(VIEW, "run1")
-            waiting.result()
-    with sa.create_engine(url).connect() as connection:
-        assert connection.execute(sa.text("SELECT run_id FROM sfs_leases")).scalar() == "run2"
+        assert waiting.result() == "run2"

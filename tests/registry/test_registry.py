@@ -19,7 +19,8 @@ import sqlalchemy as sa
 
 from spark_fs.errors import ConflictError, InvalidError, SparkFSError, UnavailableError
 from spark_fs.intervals import Interval
-from spark_fs.registry import Change, Published, Registry
+from spark_fs.ledger import Published
+from spark_fs.registry import Change, Registry
 from spark_fs.registry_tables import FORMAT
 from spark_fs.spec import Column, ServiceSpec, ServiceView, SourceSpec, ViewSpec
 from spark_fs.types import Float64, Int64
