@@ -115,6 +115,12 @@ def redis_key(prefix: bytes, key: bytes) -> bytes:
     return b"%b{%d}:%b" % (prefix, zlib.crc32(key) % ONLINE_SLOTS, key)
 
 
+def shown_key(key: bytes) -> str:
+    """Key bytes as a message may show them: escaped and short."""
+    text = repr(key)[1:]
+    return text if len(text) <= 80 else f"{text[:80]}…"
+
+
 def key_bytes(values: Sequence[Any], keys: Sequence[Column]) -> bytes:
     """The key bytes of an entity; the same as ``offline.compute.key_bytes`` gives for equal values in Spark.
 

@@ -24,7 +24,7 @@ from redis.retry import Retry
 
 from spark_fs.errors import InvalidError, SparkFSError
 from spark_fs.online import codec
-from spark_fs.online.codec import ONLINE_SLOTS, key_prefix
+from spark_fs.online.codec import ONLINE_SLOTS, key_prefix, shown_key
 from spark_fs.online.connect import make_pool
 from spark_fs.spec import Column, ViewSpec
 
@@ -317,20 +317,14 @@ def _calls(keys: Any, values: Any, target: OnlineTarget, *, insert: bool) -> Ite
 def _refuse_oversized(keys: Any, sizes: list[Any]) -> None:
     for what, lengths in zip(("key", "value"), sizes, strict=True):
         if len(lengths) and lengths.max() > MAX_VALUE_BYTES:
-            worst = int(lengths.argmax())
+            worst, count = int(lengths.argmax()), int((lengths > MAX_VALUE_BYTES).sum())
             raise InvalidError.of(
                 "SFS-608",
-                f"The {what} of entity {_shown(keys[worst].as_py())} takes {lengths[worst]:,} bytes online; "
+                f"The {what} of entity {shown_key(keys[worst].as_py())} takes {lengths[worst]:,} bytes online; "
                 f"at most {MAX_VALUE_BYTES:,} are allowed.",
-                why="One such row would hold up every reader of the server.",
+                why=f"One such row would hold up every reader of the server; {count:,} of {len(keys):,} rows here are so.",
                 fix="keep large values elsewhere and store a reference, or leave the feature out of the online store",
             )
-
-
-def _shown(key: bytes) -> str:
-    """A key as a message may show it: escaped and short."""
-    text = repr(key)[1:]
-    return text if len(text) <= 80 else f"{text[:80]}…"
 
 
 # ---- calls → server
@@ -416,7 +410,7 @@ class _Writer:
     def _foreign_key(self, call: _Call, position: int) -> SparkFSError:
         return InvalidError.of(
             "SFS-610",
-            f"The online key of entity {_shown(call.keys[position - 1].as_py())} of {self._target.prefix.decode()} "
+            f"The online key of entity {shown_key(call.keys[position - 1].as_py())} of {self._target.prefix.decode()} "
             "holds something that spark_fs did not write.",
             why="Nothing of this call was written.",
             fix="give spark_fs a database or a project name of its own, or delete the key",
