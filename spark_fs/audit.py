@@ -76,7 +76,7 @@ def audit_view(
     target = replace(target, erased=registry.erased(view))
     expected = newest_rows(view, table.read(known.table_version).where(within_any(known.intervals)))
     compared = expected if sample is None else expected.orderBy(F.rand()).limit(sample)
-    judge = partial(compare.compare_rows, target=target, restated=registry.restated(view), now_us=compare.now_us())
+    judge = partial(compare.compare_rows, target=target, restated=registry.restated(view))
     found = compared.mapInArrow(judge, compare.FINDINGS)
     if sample is None:
         status = {"status": F.lit(compare.EXTRA), "rows": F.lit(1).cast("bigint")}

@@ -125,18 +125,23 @@ def _key_value(name: str, value: str, types: Mapping[str, ValueType]) -> Any:
 
 @click.command()
 @click.argument("views", nargs=-1)
-@click.option("--sample", type=click.IntRange(min=1), help="Look at so many keys of each view, at random; else at all.")
+@click.option("--all", "every_key", is_flag=True, help="Look at every key, and for rows that should not be there: the default.")
+@click.option("--sample", type=click.IntRange(min=1), help="Look at so many keys of each view only, at random.")
 @submitted
 @click.pass_context
-def audit(context: click.Context, views: tuple[str, ...], sample: int | None, output: str, print_only: bool) -> None:
+def audit(
+    context: click.Context, views: tuple[str, ...], every_key: bool, sample: int | None, output: str, print_only: bool
+) -> None:
     r"""Compare every value in the online store with what was published; all views, or these VIEWS.
 
     Exit code 4 where a value is missing, stale, wrong or should not be there; each is a row in a Delta table.
 
     \b
-    Examples:  spark-fs audit
+    Examples:  spark-fs audit --all
                spark-fs audit weather --sample 10000
     """
+    if every_key and sample:
+        raise click.UsageError("--all looks at every key, --sample at some: give one of them.", context)
     arguments = repeated("view", views) + repeated("sample", [str(sample)] if sample else [])
     submit_job(context, "audit", arguments, output, print_only=print_only)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from datetime import timedelta
@@ -14,6 +13,7 @@ from spark_fs.online.redis_store import OnlineTarget
 
 if TYPE_CHECKING:
     import pyarrow as pa
+    import redis
 
 #: The row or value is as it should be. EXPIRED: past its ttl, so that readers see none, whatever is stored.
 EQUAL, EXPIRED = "equal", "expired"
@@ -33,18 +33,16 @@ _SHOWN = 200
 _TIMES = slice(4, 24)  # of a header: event time, created time and build
 
 
-def compare_rows(
-    batches: Iterator[pa.RecordBatch], target: OnlineTarget, restated: frozenset[int], now_us: int
-) -> Iterator[pa.RecordBatch]:
+def compare_rows(batches: Iterator[pa.RecordBatch], target: OnlineTarget, restated: frozenset[int]) -> Iterator[pa.RecordBatch]:
     """Compare rows that should be online with what is; batches as for ``redis_store.write_batches``, keys distinct.
 
     Yields ``FINDINGS``: for each feature and status how many rows, and one finding for each value that is at fault, or
     with no feature for a row that is. A row older than the one expected is restated where its generation is one of
-    ``restated``. Erased keys are left out.
+    ``restated``. Erased keys are left out. Age is judged by the server's clock just after it was asked for the row.
     """
     from spark_fs.online import encode
 
-    judge = _judge(target, restated, now_us)
+    judge = _judge(target, restated)
     counts: Counter[tuple[str, str]] = Counter()
     with redis_errors(), open_client(target.url, socket_timeout_seconds=target.socket_timeout_seconds) as client:
         for batch in batches:
@@ -54,12 +52,23 @@ def compare_rows(
             findings: list[tuple[Any, ...]] = []
             for start in range(0, len(keys), _CALL_KEYS):
                 part = slice(start, start + _CALL_KEYS)
-                stored: Any = client.mget([redis_key(target.prefix, key) for key in keys[part]])
+                stored, now_us = _stored(client, [redis_key(target.prefix, key) for key in keys[part]])
                 for key, wanted, found in zip(keys[part], expected[part], stored, strict=True):
-                    findings += [(feature, status, 1, key, *shown) for feature, status, *shown in judge(wanted, found, counts)]
+                    faults = judge(wanted, found, now_us, counts)
+                    findings += [(feature, status, 1, key, *shown) for feature, status, *shown in faults]
             if findings:
                 yield _batch(findings)
     yield _batch([(feature, status, rows, None, None, None) for (feature, status), rows in counts.items()])
+
+
+def _stored(client: redis.Redis, names: Sequence[bytes]) -> tuple[list[bytes | None], int]:
+    """What is stored under these names, and the server's time after that, in microseconds since 1970.
+
+    It is the clock by which the server drops rows: one that has gone by itself is past its ttl at that time.
+    """
+    pipeline: Any = client.pipeline(transaction=False)
+    stored, (seconds, micros) = pipeline.mget(names).time().execute()
+    return stored, seconds * 1_000_000 + micros
 
 
 def stored_keys(batches: Iterator[pa.RecordBatch], target: OnlineTarget) -> Iterator[pa.RecordBatch]:
@@ -88,13 +97,14 @@ def stored_keys(batches: Iterator[pa.RecordBatch], target: OnlineTarget) -> Iter
                 return
 
 
-def _judge(target: OnlineTarget, restated: frozenset[int], now_us: int) -> Callable[..., list[tuple[Any, ...]]]:
-    """(expected value, stored value or None, counts) → what is at fault: (feature or None, status, expected, found)."""
+def _judge(target: OnlineTarget, restated: frozenset[int]) -> Callable[..., list[tuple[Any, ...]]]:
+    """(expected value, stored value or None, clock, counts) → what is at fault: (feature or None, status, expected, found)."""
     names = [feature.name for feature in target.features]
     decode, schema = Decoder(target.features).decode, schema_id(target.features)
-    oldest_us = now_us - target.ttl // timedelta(microseconds=1) if target.ttl else -SIGN_BIT
+    ttl_us = target.ttl // timedelta(microseconds=1) if target.ttl else None
 
-    def judge(expected: bytes, stored: bytes | None, counts: Counter[tuple[str, str]]) -> list[tuple[Any, ...]]:
+    def judge(expected: bytes, stored: bytes | None, now_us: int, counts: Counter[tuple[str, str]]) -> list[tuple[Any, ...]]:
+        oldest_us = -SIGN_BIT if ttl_us is None else now_us - ttl_us
         status = _row_status(expected, stored, schema, restated, oldest_us)
         if status is not None:
             counts.update((name, status) for name in names)
@@ -141,8 +151,3 @@ def _batch(rows: Sequence[tuple[Any, ...]]) -> pa.RecordBatch:
     columns = zip(*rows, strict=True) if rows else ([] for _ in types)
     arrays = [pa.array(list(values), type_) for values, type_ in zip(columns, types, strict=True)]
     return pa.RecordBatch.from_arrays(arrays, names=list(_FINDING))
-
-
-def now_us() -> int:
-    """The clock, in microseconds since 1970."""
-    return time.time_ns() // 1000
