@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
-from spark_fs.online.codec import HEADER, SIGN_BIT, Decoder, key_digest, read_header, redis_key, schema_id
+from spark_fs.online.codec import HEADER, SIGN_BIT, Decoder, read_header, redis_key, schema_id
 from spark_fs.online.connect import open_client, redis_errors, row_pattern
 from spark_fs.online.redis_store import OnlineTarget
 
@@ -46,7 +46,7 @@ def compare_rows(batches: Iterator[pa.RecordBatch], target: OnlineTarget, restat
     counts: Counter[tuple[str, str]] = Counter()
     with redis_errors(), open_client(target.url, socket_timeout_seconds=target.socket_timeout_seconds) as client:
         for batch in batches:
-            kept = encode.without(batch, target.erased, target.prefix)
+            kept = target.without_erased(batch)
             keys = encode.encode_keys(kept).to_pylist()
             expected = encode.encode_values(kept, target.features, target.generation).to_pylist()
             findings: list[tuple[Any, ...]] = []
@@ -91,8 +91,8 @@ def stored_keys(batches: Iterator[pa.RecordBatch], target: OnlineTarget) -> Iter
             rows = [name for name, length in zip(names, lengths.execute(), strict=True) if length != HEADER.size]
             # After the prefix comes the tag in braces, then a colon.
             keys = [name[len(target.prefix) :].partition(b"}:")[2] for name in rows]
-            erased = [bool(target.erased) and key_digest(target.prefix, key) in target.erased for key in keys]
-            yield pa.RecordBatch.from_pydict({"_key": pa.array(keys, pa.binary()), "_erased": pa.array(erased, pa.bool_())})
+            erased = pa.array(target.is_erased(keys), pa.bool_())
+            yield pa.RecordBatch.from_pydict({"_key": pa.array(keys, pa.binary()), "_erased": erased})
             if cursor == 0:
                 return
 

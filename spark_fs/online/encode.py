@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from spark_fs.errors import InvalidError, Problem, did_you_mean
-from spark_fs.online.codec import SIGN_BIT, bitmap_bytes, key_digest, schema_id, shown_key
+from spark_fs.online.codec import SIGN_BIT, bitmap_bytes, schema_id, shown_key
 from spark_fs.spec import Column
 from spark_fs.types import ValueType
 
@@ -27,14 +27,6 @@ def slices(batch: pa.RecordBatch, size_bytes: int) -> Iterator[pa.RecordBatch]:
     rows = max(1, size_bytes * batch.num_rows // max(1, batch.nbytes))
     for start in range(0, batch.num_rows, rows):
         yield batch.slice(start, rows)
-
-
-def without(batch: pa.RecordBatch, erased: frozenset[bytes], prefix: bytes) -> pa.RecordBatch:
-    """The batch without the rows whose key has one of these digests (``codec.key_digest`` with this prefix)."""
-    if not erased:
-        return batch
-    kept = [key is None or key_digest(prefix, key) not in erased for key in batch.column(KEY).to_pylist()]
-    return batch.filter(pa.array(kept, pa.bool_()))
 
 
 def encode_keys(batch: pa.RecordBatch) -> pa.LargeBinaryArray:

@@ -12,7 +12,7 @@ import hashlib
 import time
 import zlib
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from enum import Enum
@@ -136,7 +136,7 @@ class OnlineTarget:
     With a ``ttl`` Redis drops a row once its event time + ttl has passed; that is clean-up only, for readers judge
     the ttl themselves. ``generation`` counts the restatements of the view that were known when the writer began;
     ``restating``: the rows replace those of lower generations whatever their times. ``erased`` are the digests
-    (``codec.key_digest``) of the keys that must never be written.
+    (``codec.key_digest``, made with ``key_space``) of the keys that must never be written.
     """
 
     url: str = field(repr=False)
@@ -147,11 +147,25 @@ class OnlineTarget:
     socket_timeout_seconds: float = 10.0
     restating: bool = False
     erased: frozenset[bytes] = frozenset()
+    key_space: bytes = b""
 
     @classmethod
     def of(cls, url: str, view: ViewSpec, *, generation: int = 1, socket_timeout_seconds: float = 10.0) -> OnlineTarget:
         """The target of a view version's rows."""
-        return cls(url, key_prefix(view), view.features, generation, view.ttl or None, socket_timeout_seconds)
+        target = cls(url, key_prefix(view), view.features, generation, view.ttl or None, socket_timeout_seconds)
+        return replace(target, key_space=codec.key_space(view))
+
+    def is_erased(self, keys: Sequence[bytes | None]) -> list[bool]:
+        """Which entities, by their key bytes, must not be online."""
+        return codec.erased_among(keys, self.erased, self.key_space, self.prefix)
+
+    def without_erased(self, batch: pa.RecordBatch) -> pa.RecordBatch:
+        """The batch without the rows of entities that must not be online, by its ``_key``."""
+        if not self.erased:
+            return batch
+        import pyarrow as pa
+
+        return batch.filter(pa.array([not gone for gone in self.is_erased(batch.column("_key").to_pylist())], pa.bool_()))
 
 
 #: What the server says of rows, and the bytes sent: the fields of ``WriteCounts``.
@@ -203,7 +217,7 @@ def write_batches(batches: Iterator[pa.RecordBatch], target: OnlineTarget, *, di
 
     with _Writer(target, inserting=distinct and target.ttl is None and not target.restating) as writer:
         for batch in batches:
-            for part in encode.slices(encode.without(batch, target.erased, target.prefix), ENCODE_BYTES):
+            for part in encode.slices(target.without_erased(batch), ENCODE_BYTES):
                 values = encode.encode_values(part, target.features, target.generation)
                 for call in _calls(encode.encode_keys(part), values, target, insert=writer.inserting):
                     writer.send(call)

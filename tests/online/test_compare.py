@@ -60,7 +60,7 @@ def test_what_is_on_purpose_is_no_fault(url: str) -> None:
     never = replace(target, ttl=None)
     restating = replace(never, generation=2, restating=True)
     write_batches(iter([batch([b"restated"], now - HOUR, n=[1])]), restating)
-    known = replace(target, erased=frozenset([codec.key_digest(target.prefix, b"erased")]))
+    known = replace(target, erased=frozenset([codec.key_digest(target.key_space, b"erased")]))
     assert compared(known, expected, [2]) == (
         {("n", "restated"): 1, ("s", "restated"): 1, ("n", "expired"): 1, ("s", "expired"): 1},
         [],
