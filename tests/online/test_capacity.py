@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import subprocess
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from datetime import datetime, timedelta
 from pathlib import Path
@@ -226,3 +228,42 @@ def test_the_share_of_keys_online(url: str, client: redis.Redis) -> None:
     write_batches(iter([batch(keys)]), replace(target, prefix=b"flights:weather@2:"))
     assert share_online(keys, target, [client]) == 0.25
     assert share_online([], target, [client]) == 0.0
+
+
+@contextmanager
+def cluster(folder: Path) -> Iterator[list[redis.Redis]]:
+    """A client for each of three masters."""
+    with ExitStack() as stack:
+        ports, masters = [], []
+        for number in range(3):
+            home = folder / str(number)
+            home.mkdir()
+            options = ["--cluster-enabled", "yes", "--cluster-node-timeout", "2000", "--cluster-port", str(free_port())]
+            url = stack.enter_context(redis_process(home, *options))
+            masters.append(stack.enter_context(redis.Redis.from_url(url)))
+            ports.append(url.split(":")[-1].partition("/")[0])
+        nodes = [f"127.0.0.1:{port}" for port in ports]
+        subprocess.run(
+            ["redis-cli", "--cluster", "create", *nodes, "--cluster-yes"], check=True, capture_output=True, timeout=60
+        )
+        while not all(master.cluster("INFO")["cluster_state"] == "ok" for master in masters):
+            time.sleep(0.05)
+        yield masters
+
+
+def test_in_a_cluster_each_key_is_its_masters(tmp_path: Path) -> None:
+    """The others answer that it is elsewhere: sizes are those of one master's rows, keys are looked up on all."""
+    with cluster(tmp_path) as masters:
+        target = target_of("redis://nowhere")
+        keys = [b"%d" % number for number in range(300)]
+        for name in (codec.redis_key(target.prefix, key) for key in keys[:100]):
+            slots = [master.cluster("KEYSLOT", name) for master in masters]
+            assert len(set(slots)) == 1
+            masters[min(2, int(slots[0]) * 3 // 16_384)].set(name, "x" * 28)
+        assert sum(int(master.dbsize()) for master in masters) == 100  # type: ignore[arg-type]
+        assert share_online(keys, target, masters) == pytest.approx(1 / 3)
+        sample = batch(keys, n=range(300), s=["x"] * 300)
+        size = bytes_per_key(sample, target, masters)
+        assert 100 < size < 250
+        assert capacity._measured([codec.redis_key(target.prefix, keys[0]) + b"x"], [b"x"], masters) != []
+        assert sum(int(master.dbsize()) for master in masters) == 100  # type: ignore[arg-type]
