@@ -31,6 +31,7 @@ from spark_fs.online import compare, executor
 from spark_fs.online.connect import has_token, leave_token
 from spark_fs.online.redis_store import COUNTS, OnlineTarget, WriteCounts
 from spark_fs.registry import Published, Registry
+from spark_fs.room import check_room
 from spark_fs.spec import ViewSpec
 
 #: How often a run begins anew because another one has published or restated the view meanwhile.
@@ -214,6 +215,7 @@ class _Run:
         todo, target = self._todo, self.target
         if not todo.fresh:
             return
+        check_room(self._table, todo.version, todo.fresh, target)
         if restate or repair:
             target = self._restating(restates=restate)
         if in_place and len(todo.fresh) == 1 and _opens_without_spark(self._table.path):

@@ -28,7 +28,7 @@ ORDER = [
     "offline.spines", "offline.datasets",
     "online.codec", "online.connect", "online.encode", "online.redis_store", "online.capacity", "online.compare",
     "online.executor", "online.server", "online.read", "online.erase",
-    "doctor", "build", "materialize", "audit", "store", "console", "submit", "template",
+    "doctor", "build", "room", "materialize", "audit", "store", "console", "submit", "template",
     "command", "machine", "publishing", "cli",
 ]  # fmt: skip
 
