@@ -26,7 +26,7 @@ from spark_fs.intervals import Interval, intersect, merge, missing, text, to_mic
 from spark_fs.offline.changes import changes
 from spark_fs.offline.compute import key_bytes, quoted, within
 from spark_fs.offline.table_log import Commit, can_be_read_in_place, changed_since
-from spark_fs.offline.tables import FeatureTable, observed
+from spark_fs.offline.tables import FeatureTable, is_version_gone, observed
 from spark_fs.online import compare, executor
 from spark_fs.online.connect import has_token, leave_token
 from spark_fs.online.redis_store import COUNTS, OnlineTarget, WriteCounts
@@ -36,11 +36,6 @@ from spark_fs.spec import ViewSpec
 
 #: How often a run begins anew because another one has published or restated the view meanwhile.
 _ATTEMPTS = 3
-#: What Spark and Delta say of a version whose log or files were cleaned up.
-_GONE = (
-    *("DELTA_VERSION_NOT_FOUND", "DELTA_FILE_NOT_FOUND", "FILE_NOT_EXIST", "VersionNotFoundException", "DELTA_TIMESTAMP"),
-    "TIME_TRAVEL_BEYOND_DELETED_FILE_RETENTION",
-)
 
 
 @dataclass(frozen=True, slots=True)
@@ -235,13 +230,13 @@ class _Run:
         try:
             self._offer_differences(todo.since)
         except Exception as error:
-            if not _is_gone(error):
+            if not is_version_gone(error):
                 raise
             counts, read = publish_rows(view, self._rows(todo.version, todo.compared), self.target)
             self.counts, self.rows_read = self.counts + counts, self.rows_read + read
             self.note = (
                 f"Version {todo.since} of the table, which was published last, is gone: all rows were offered, but rows that "
-                "builds have removed since may still be served."
+                f"builds have removed since may still be served. spark-fs repair {view.reference} takes them away."
             )
 
     def _offer_differences(self, since: int) -> None:
@@ -285,11 +280,6 @@ class _Run:
 
     def _rows(self, version: int, intervals: Sequence[Interval]) -> DataFrame:
         return self._table.read(version).where(within_any(intervals))
-
-
-def _is_gone(error: BaseException) -> bool:
-    """Whether an old version of a table could not be read, for its log or its files were cleaned up."""
-    return any(mark in str(error) for mark in _GONE)
 
 
 def within_any(intervals: Sequence[Interval]) -> SparkColumn:
