@@ -178,12 +178,12 @@ def test_many_files_are_left_to_spark(spark: SparkSession, tmp_path: Path) -> No
 def test_footers_tell_of_too_many_rows_before_one_is_decoded(
     spark: SparkSession, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """One value a million times is a small file and a large column; the bound itself is allowed."""
+    """One value a million times is a small file and a large column: 16 MB of values, and bits that none is null."""
     rows = pa.table({"id": pa.array(np.zeros(1_000_000, np.int64)), "at": pa.array(np.zeros(1_000_000, np.int64), INSTANT)})
     path = write(tmp_path / "rows", rows, 2)
     assert sum(file.stat().st_size for file in Path(path).iterdir()) < 100_000
     frame = spark.read.parquet(path)
-    found = read_plain_files(frame, 16_000_000)
+    found = read_plain_files(frame, 17_000_000)
     assert found is not None
     assert found.num_rows == 1_000_000
     monkeypatch.setattr(pq.ParquetFile, "iter_batches", lambda *_: pytest.fail("a row was decoded"))
