@@ -183,9 +183,13 @@ def erase(context: click.Context, view: str, entities: tuple[str, ...], undo: bo
         from spark_fs.store import parse_reference
 
         store = open_store(context)
-        spec = versions_alike(store.registry.state(), *parse_reference(view))[0]
+        state = store.registry.state()
+        spec = versions_alike(state, *parse_reference(view))[0]
         rows = _entity_rows({key.name: key.type for key in spec.keys}, entities)
         console.show([store.erase(view, rows, undo=undo)], output)
+        others = [other.reference for other in state.versions.values() if other.name == spec.name and other.keys != spec.keys]
+        if others:
+            console.say(f"Left as they are, for they have other join keys: {', '.join(sorted(others))}.")
 
     run(context, act)
 

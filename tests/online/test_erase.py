@@ -150,14 +150,16 @@ def test_a_digest_stands_for_one_entity_of_one_view() -> None:
 
 
 def test_the_command_erases_from_any_version(fs: FeatureStore, tmp_path: Path, url: str) -> None:
-    """Values are read in the types of that version's keys."""
+    """Values are read in the types of that version's keys; versions with other keys are named."""
     write_all(fs)
     opened(tmp_path, url, OTHER)
 
     def erase(*arguments: str) -> Any:
         return CliRunner().invoke(main, ["--repo", str(tmp_path), "--env", "test", "erase", *arguments, "--output", "json"])
 
-    assert '"online_keys": 2' in erase("spend@1", "user_id=1").stdout
+    shown = erase("spend@1", "user_id=1")
+    assert '"online_keys": 2' in shown.stdout
+    assert shown.stderr == "Left as they are, for they have other join keys: spend@3.\n"
     assert '"online_keys": 1' in erase("spend", "customer_id=1").stdout
     assert online(fs) == {1: [b"2"], 2: [b"2"], 3: [b"2"]}
     assert '"online_keys": 2' in erase("spend@1", "user_id=1", "--undo").stdout
