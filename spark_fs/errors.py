@@ -112,6 +112,10 @@ class InterruptedRunError(KeyboardInterrupt):
         self.results, self.unfinished = tuple(results), tuple(unfinished)
 
 
+#: Our errors that a worker may raise and the driver knows by name: whether trying again may help goes by the class.
+_KINDS = {kind.__name__: kind for kind in (InvalidError, ConflictError, UnavailableError)}
+
+
 def did_you_mean(word: str, known: Iterable[str]) -> str:
     """A hint naming the known words: the closest first when one is close, else all of them (at most ten)."""
     names = sorted(set(known))
@@ -124,8 +128,8 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
     return f"{hint}Known: {listed or 'none'}."
 
 
-#: One of our own errors inside the text of another: what a Spark executor raised reaches the driver so.
-_OURS_IN_TEXT = re.compile(r"\[(SFS-\d{3})\] ([^\n]+)")
+#: One of our own errors inside the text of another, after its class or not: what a Spark executor raised reaches the driver so.
+_OURS_IN_TEXT = re.compile(r"(?:spark_fs\.errors\.(\w+): )?\[(SFS-\d{3})\] ([^\n]+)")
 _SECRET_IN_URL = re.compile(r"(?<=://)[^/\s]*@")
 
 
@@ -241,7 +245,7 @@ def translate(error: BaseException) -> SparkFSError | None:
         if isinstance(seen, SparkFSError):
             return seen
         if (told := _OURS_IN_TEXT.search(str(seen))) is not None:
-            return SparkFSError.of(told.group(1), told.group(2))
+            return _KINDS.get(told.group(1), SparkFSError).of(told.group(2), told.group(3))
         kind = type(seen)
         for module, mark, build in _FOREIGN:
             if kind.__module__.startswith(module) and (mark == kind.__name__ or mark in str(seen)):

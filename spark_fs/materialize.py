@@ -34,22 +34,18 @@ from spark_fs.intervals import Interval, text
 from spark_fs.ledger import Intent, Part, Published
 from spark_fs.offline.changes import changes
 from spark_fs.offline.table_log import Commit, can_be_read_in_place
-from spark_fs.offline.tables import FeatureTable, observed
+from spark_fs.offline.tables import FeatureTable, is_version_gone, observed
 from spark_fs.online import executor
 from spark_fs.online.connect import has_token, leave_token
 from spark_fs.online.redis_store import COUNTS, OnlineTarget, WriteCounts
 from spark_fs.publication import Publication, Request, plan_publication
 from spark_fs.registry import Registry
+from spark_fs.room import check_room
 
 #: How often a run begins anew because another one has published or restated the view meanwhile.
 _ATTEMPTS = 3
 #: How often buckets that tasks have confirmed are noted: what a killed driver does not know of is written again.
 _NOTE_SECONDS = 0.5
-#: What Spark and Delta say of a version whose log or files were cleaned up.
-_GONE = (
-    *("DELTA_VERSION_NOT_FOUND", "DELTA_FILE_NOT_FOUND", "FILE_NOT_EXIST", "VersionNotFoundException", "DELTA_TIMESTAMP"),
-    "TIME_TRAVEL_BEYOND_DELETED_FILE_RETENTION",
-)
 
 
 @dataclass(frozen=True, slots=True)
@@ -154,7 +150,7 @@ class _Run:
             try:
                 return self._attempt(request, todo, known, self._current_target(), log, resumed=intent)
             except Exception as error:
-                if not _is_gone(error):
+                if not is_version_gone(error):
                     raise
         return self.publish(request, left=intent)
 
@@ -308,7 +304,7 @@ class _Attempt:
     def run(self, request: Request, behind: Publication | None, *, in_place: bool) -> None:
         """Write all that there is to write. ``behind``: what was written, perhaps, of an older version and never noted."""
         if behind:
-            self._withdraw_what_is_gone(behind.version, behind.touched)
+            self._withdraw_whatis_version_gone(behind.version, behind.touched)
         if request.repair:
             self._offer_fresh(in_place=in_place, restate=False, repair=True)
             self._bury_extra()
@@ -326,6 +322,7 @@ class _Attempt:
         todo, target = self._todo, self._target
         if not todo.fresh:
             return
+        check_room(self._table, todo.version, todo.fresh, target)
         if restate or repair:
             target = self._restating(restates=restate)
         with self._confirming("fresh", target) as (confirmed, done):
@@ -346,7 +343,7 @@ class _Attempt:
         try:
             self._offer_differences(todo.since)
         except Exception as error:
-            if not _is_gone(error):
+            if not is_version_gone(error):
                 raise
             with self._confirming("changed", self._target) as (confirmed, done):
                 self._add(*publish_rows(view, self._rows(todo.version, todo.compared), self._target, confirmed, done))
@@ -361,14 +358,14 @@ class _Attempt:
         if observed(seen, changed, lost)["lost"]:
             self._withdraw(changed)
 
-    def _withdraw_what_is_gone(self, since: int, touched: Sequence[Interval]) -> None:
+    def _withdraw_whatis_version_gone(self, since: int, touched: Sequence[Interval]) -> None:
         """Restate keys with rows that were written, perhaps, of the table at ``since`` and are not in it any more."""
         try:
             gone = self._changes(since, touched)
             if not gone.where("_lost").isEmpty():
                 self._withdraw(gone)
         except Exception as error:
-            if not _is_gone(error):
+            if not is_version_gone(error):
                 raise
             self._note_gone(since, "an earlier run was stopped at it, and")
 
@@ -376,7 +373,10 @@ class _Attempt:
         return changes(self._table.view, self._rows(since, intervals), self._rows(self._todo.version, intervals))
 
     def _note_gone(self, version: int, what: str) -> None:
-        told = f"Version {version} of the table is gone: {what} rows that builds have removed since may still be served."
+        told = (
+            f"Version {version} of the table is gone: {what} rows that builds have removed since may still be served. "
+            f"spark-fs repair {self._table.view.reference} takes them away."
+        )
         self._totals.note = " ".join(filter(None, [self._totals.note, told]))
 
     def _withdraw(self, changed: DataFrame) -> None:
@@ -448,8 +448,3 @@ class _Attempt:
             ended.set()
             watcher.join()
         note()
-
-
-def _is_gone(error: BaseException) -> bool:
-    """Whether an old version of a table could not be read, for its log or its files were cleaned up."""
-    return any(mark in str(error) for mark in _GONE)

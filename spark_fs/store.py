@@ -246,18 +246,17 @@ class FeatureStore:
     def erase(
         self, view: str, entity_rows: Sequence[Mapping[str, Any]] | Mapping[str, Sequence[Any]], *, undo: bool = False
     ) -> dict[str, Any]:
-        """Remove entities of a view, in all its versions, from the online store, and keep all later runs from writing them.
+        """Remove entities of a view from the online store, and keep all later runs from writing them.
 
-        ``entity_rows`` as for ``get_online_features``, with the view's join keys. With ``undo`` they may be published again,
-        and are absent until ``materialize`` does so with ``everything``. Feature tables and sources are not touched. The
-        registry keeps digests of the keys. Raises SFS-303 for an unknown view, SFS-606 and SFS-607 for unfit rows.
+        ``view`` may be ``view@2``, or one that is no longer declared; all its versions with the same join keys lose them. Those
+        with others do not have these entities: erase theirs by a version. ``entity_rows`` as for ``get_online_features``. With
+        ``undo`` they may be published again, and are absent until ``materialize`` does so with ``everything``. Feature tables
+        and sources are not touched. The registry keeps digests of the keys. Raises SFS-303 for an unknown view, SFS-606 and
+        SFS-607 for unfit rows.
         """
-        from spark_fs.online.erase import erase_entities
+        from spark_fs.online.erase import erase_entities, versions_alike
 
-        state = self.registry.state()
-        current = state.require_view(parse_reference(view)[0])
-        # A version with other join keys has no such entities.
-        same = [spec for spec in state.versions.values() if spec.name == current.name and spec.keys == current.keys]
+        same = versions_alike(self.registry.state(), *parse_reference(view))
         url, timeout = self.online_url(), self.environment.config.online.timeout_seconds
         return erase_entities(self.registry, same, entity_rows, url, undo=undo, socket_timeout_seconds=timeout)
 

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
-from spark_fs.online.codec import HEADER, SIGN_BIT, Decoder, key_digest, read_header, redis_key, schema_id
+from spark_fs.online.codec import HEADER, SIGN_BIT, Decoder, read_header, redis_key, schema_id
 from spark_fs.online.connect import open_client, redis_errors, row_pattern
 from spark_fs.online.redis_store import OnlineTarget
 
 if TYPE_CHECKING:
     import pyarrow as pa
+    import redis
 
 #: The row or value is as it should be. EXPIRED: past its ttl, so that readers see none, whatever is stored.
 EQUAL, EXPIRED = "equal", "expired"
@@ -33,33 +33,42 @@ _SHOWN = 200
 _TIMES = slice(4, 20)  # of a header: event and created time
 
 
-def compare_rows(
-    batches: Iterator[pa.RecordBatch], target: OnlineTarget, restated: frozenset[int], now_us: int
-) -> Iterator[pa.RecordBatch]:
+def compare_rows(batches: Iterator[pa.RecordBatch], target: OnlineTarget, restated: frozenset[int]) -> Iterator[pa.RecordBatch]:
     """Compare rows that should be online with what is; batches as for ``redis_store.write_batches``, keys distinct.
 
     Yields ``FINDINGS``: for each feature and status how many rows, and one finding for each value that is at fault, or
     with no feature for a row that is. A row older than the one expected is restated where its generation is one of
-    ``restated``. Erased keys are left out.
+    ``restated``. Erased keys are left out. Age is judged by the server's clock just after it was asked for the row.
     """
     from spark_fs.online import encode
 
-    judge = _judge(target, restated, now_us)
+    judge = _judge(target, restated)
     counts: Counter[tuple[str, str]] = Counter()
     with redis_errors(), open_client(target.url, socket_timeout_seconds=target.socket_timeout_seconds) as client:
         for batch in batches:
-            kept = encode.without(batch, target.erased, target.prefix)
+            kept = target.without_erased(batch)
             keys = encode.encode_keys(kept).to_pylist()
             expected = encode.encode_values(kept, target.features, target.generation).to_pylist()
             findings: list[tuple[Any, ...]] = []
             for start in range(0, len(keys), _CALL_KEYS):
                 part = slice(start, start + _CALL_KEYS)
-                stored: Any = client.mget([redis_key(target.prefix, key) for key in keys[part]])
+                stored, now_us = _stored(client, [redis_key(target.prefix, key) for key in keys[part]])
                 for key, wanted, found in zip(keys[part], expected[part], stored, strict=True):
-                    findings += [(feature, status, 1, key, *shown) for feature, status, *shown in judge(wanted, found, counts)]
+                    faults = judge(wanted, found, now_us, counts)
+                    findings += [(feature, status, 1, key, *shown) for feature, status, *shown in faults]
             if findings:
                 yield _batch(findings)
     yield _batch([(feature, status, rows, None, None, None) for (feature, status), rows in counts.items()])
+
+
+def _stored(client: redis.Redis, names: Sequence[bytes]) -> tuple[list[bytes | None], int]:
+    """What is stored under these names, and the server's time after that, in microseconds since 1970.
+
+    It is the clock by which the server drops rows: one that has gone by itself is past its ttl at that time.
+    """
+    pipeline: Any = client.pipeline(transaction=False)
+    stored, (seconds, micros) = pipeline.mget(names).time().execute()
+    return stored, seconds * 1_000_000 + micros
 
 
 def stored_keys(batches: Iterator[pa.RecordBatch], target: OnlineTarget) -> Iterator[pa.RecordBatch]:
@@ -82,19 +91,20 @@ def stored_keys(batches: Iterator[pa.RecordBatch], target: OnlineTarget) -> Iter
             rows = [name for name, length in zip(names, lengths.execute(), strict=True) if length != HEADER.size]
             # After the prefix comes the tag in braces, then a colon.
             keys = [name[len(target.prefix) :].partition(b"}:")[2] for name in rows]
-            erased = [bool(target.erased) and key_digest(target.prefix, key) in target.erased for key in keys]
-            yield pa.RecordBatch.from_pydict({"_key": pa.array(keys, pa.binary()), "_erased": pa.array(erased, pa.bool_())})
+            erased = pa.array(target.is_erased(keys), pa.bool_())
+            yield pa.RecordBatch.from_pydict({"_key": pa.array(keys, pa.binary()), "_erased": erased})
             if cursor == 0:
                 return
 
 
-def _judge(target: OnlineTarget, restated: frozenset[int], now_us: int) -> Callable[..., list[tuple[Any, ...]]]:
-    """(expected value, stored value or None, counts) → what is at fault: (feature or None, status, expected, found)."""
+def _judge(target: OnlineTarget, restated: frozenset[int]) -> Callable[..., list[tuple[Any, ...]]]:
+    """(expected value, stored value or None, clock, counts) → what is at fault: (feature or None, status, expected, found)."""
     names = [feature.name for feature in target.features]
     decode, schema = Decoder(target.features).decode, schema_id(target.features)
-    oldest_us = now_us - target.ttl // timedelta(microseconds=1) if target.ttl else -SIGN_BIT
+    ttl_us = target.ttl // timedelta(microseconds=1) if target.ttl else None
 
-    def judge(expected: bytes, stored: bytes | None, counts: Counter[tuple[str, str]]) -> list[tuple[Any, ...]]:
+    def judge(expected: bytes, stored: bytes | None, now_us: int, counts: Counter[tuple[str, str]]) -> list[tuple[Any, ...]]:
+        oldest_us = -SIGN_BIT if ttl_us is None else now_us - ttl_us
         status = _row_status(expected, stored, schema, restated, oldest_us)
         if status is not None:
             counts.update((name, status) for name in names)
@@ -144,8 +154,3 @@ def _batch(rows: Sequence[tuple[Any, ...]]) -> pa.RecordBatch:
     columns = zip(*rows, strict=True) if rows else ([] for _ in types)
     arrays = [pa.array(list(values), type_) for values, type_ in zip(columns, types, strict=True)]
     return pa.RecordBatch.from_arrays(arrays, names=list(_FINDING))
-
-
-def now_us() -> int:
-    """The clock, in microseconds since 1970."""
-    return time.time_ns() // 1000

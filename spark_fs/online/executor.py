@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 Told = list[tuple[int, dict[str, int]]]
 #: Rows of a data file in memory at a time.
 BATCH_ROWS = 64 * 1024
+#: How much of a column is read at once where only its first rows are wanted.
+_BUFFER_BYTES = 64 * 1024
 #: What these functions yield as their one row.
 MEASURES = (*COUNTS, "rows_read")
 
@@ -147,21 +149,53 @@ def _rows_within(
     import pyarrow.parquet as pq
 
     from spark_fs.files import open_file
-    from spark_fs.key_bytes import key_column
-    from spark_fs.online.encode import BUILD, CREATED, EVENT, KEY
+    from spark_fs.online.encode import EVENT
 
-    names = [key.name for key in keys]
-    values = [EVENT, CREATED, BUILD, *(feature.name for feature in target.features)]
     start, end = (pa.scalar(micros, pa.int64()).cast(pa.timestamp("us", tz="UTC")) for micros in (start_us, end_us))
     with open_file(file) as stream:
         parquet = pq.ParquetFile(stream)
-        for whole in parquet.iter_batches(BATCH_ROWS, columns=[*names, *values]):
+        for whole in parquet.iter_batches(BATCH_ROWS, columns=_columns(target, keys)):
             event = whole.column(EVENT)
             batch = whole.filter(pc.and_(pc.greater_equal(event, start), pc.less(event, end)))
             read[0] += batch.num_rows
-            columns = [key_column([batch.column(name) for name in names], batch.num_rows)]
-            columns += [batch.column(name) for name in values]
-            yield pa.RecordBatch.from_arrays(columns, names=[KEY, *values])
+            yield _with_key(batch, target, keys)
+
+
+def first_rows(file: str, target: OnlineTarget, keys: Sequence[Column], most: int) -> pa.RecordBatch | None:
+    """The first rows of a data file, at most so many, as ``publish_files`` writes them, of any event time; None without any."""
+    import pyarrow.parquet as pq
+
+    from spark_fs.files import open_file
+
+    with open_file(file) as stream:
+        # With a buffer pages are read as they are needed, not whole columns.
+        parquet = pq.ParquetFile(stream, buffer_size=_BUFFER_BYTES)
+        if not parquet.metadata.num_rows:
+            return None
+        return _with_key(next(parquet.iter_batches(most, columns=_columns(target, keys))), target, keys)
+
+
+def _columns(target: OnlineTarget, keys: Sequence[Column]) -> list[str]:
+    """The columns of a data file that make rows for the target."""
+    return [*(key.name for key in keys), *_values(target)]
+
+
+def _values(target: OnlineTarget) -> list[str]:
+    from spark_fs.online.encode import BUILD, CREATED, EVENT
+
+    return [EVENT, CREATED, BUILD, *(feature.name for feature in target.features)]
+
+
+def _with_key(batch: pa.RecordBatch, target: OnlineTarget, keys: Sequence[Column]) -> pa.RecordBatch:
+    """Rows of a data file with ``_key`` in the place of their join keys."""
+    import pyarrow as pa
+
+    from spark_fs.key_bytes import key_column
+    from spark_fs.online.encode import KEY
+
+    values = _values(target)
+    columns = [key_column([batch.column(key.name) for key in keys], batch.num_rows)]
+    return pa.RecordBatch.from_arrays([*columns, *(batch.column(name) for name in values)], names=[KEY, *values])
 
 
 def _newest(batches: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:

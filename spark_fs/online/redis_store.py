@@ -12,7 +12,7 @@ import hashlib
 import time
 import zlib
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from enum import Enum
@@ -24,7 +24,7 @@ from redis.retry import Retry
 
 from spark_fs.errors import InvalidError, SparkFSError
 from spark_fs.online import codec
-from spark_fs.online.codec import ONLINE_SLOTS, key_prefix
+from spark_fs.online.codec import ONLINE_SLOTS, key_prefix, shown_key
 from spark_fs.online.connect import make_pool
 from spark_fs.spec import Column, ViewSpec
 
@@ -136,7 +136,7 @@ class OnlineTarget:
     With a ``ttl`` Redis drops a row once its event time + ttl has passed; that is clean-up only, for readers judge
     the ttl themselves. ``generation`` counts the restatements of the view that were known when the writer began;
     ``restating``: the rows replace those of lower generations whatever their times. ``erased`` are the digests
-    (``codec.key_digest``) of the keys that must never be written.
+    (``codec.key_digest``, made with ``key_space``) of the keys that must never be written.
     """
 
     url: str = field(repr=False)
@@ -147,11 +147,25 @@ class OnlineTarget:
     socket_timeout_seconds: float = 10.0
     restating: bool = False
     erased: frozenset[bytes] = frozenset()
+    key_space: bytes = b""
 
     @classmethod
     def of(cls, url: str, view: ViewSpec, *, generation: int = 1, socket_timeout_seconds: float = 10.0) -> OnlineTarget:
         """The target of a view version's rows."""
-        return cls(url, key_prefix(view), view.features, generation, view.ttl or None, socket_timeout_seconds)
+        target = cls(url, key_prefix(view), view.features, generation, view.ttl or None, socket_timeout_seconds)
+        return replace(target, key_space=codec.key_space(view))
+
+    def is_erased(self, keys: Sequence[bytes | None]) -> list[bool]:
+        """Which entities, by their key bytes, must not be online."""
+        return codec.erased_among(keys, self.erased, self.key_space, self.prefix)
+
+    def without_erased(self, batch: pa.RecordBatch) -> pa.RecordBatch:
+        """The batch without the rows of entities that must not be online, by its ``_key``."""
+        if not self.erased:
+            return batch
+        import pyarrow as pa
+
+        return batch.filter(pa.array([not gone for gone in self.is_erased(batch.column("_key").to_pylist())], pa.bool_()))
 
 
 #: What the server says of rows, and the bytes sent: the fields of ``WriteCounts``.
@@ -203,7 +217,7 @@ def write_batches(batches: Iterator[pa.RecordBatch], target: OnlineTarget, *, di
 
     with _Writer(target, inserting=distinct and target.ttl is None and not target.restating) as writer:
         for batch in batches:
-            for part in encode.slices(encode.without(batch, target.erased, target.prefix), ENCODE_BYTES):
+            for part in encode.slices(target.without_erased(batch), ENCODE_BYTES):
                 values = encode.encode_values(part, target.features, target.generation)
                 for call in _calls(encode.encode_keys(part), values, target, insert=writer.inserting):
                     writer.send(call)
@@ -317,20 +331,14 @@ def _calls(keys: Any, values: Any, target: OnlineTarget, *, insert: bool) -> Ite
 def _refuse_oversized(keys: Any, sizes: list[Any]) -> None:
     for what, lengths in zip(("key", "value"), sizes, strict=True):
         if len(lengths) and lengths.max() > MAX_VALUE_BYTES:
-            worst = int(lengths.argmax())
+            worst, count = int(lengths.argmax()), int((lengths > MAX_VALUE_BYTES).sum())
             raise InvalidError.of(
                 "SFS-608",
-                f"The {what} of entity {_shown(keys[worst].as_py())} takes {lengths[worst]:,} bytes online; "
+                f"The {what} of entity {shown_key(keys[worst].as_py())} takes {lengths[worst]:,} bytes online; "
                 f"at most {MAX_VALUE_BYTES:,} are allowed.",
-                why="One such row would hold up every reader of the server.",
+                why=f"One such row would hold up every reader of the server; {count:,} of {len(keys):,} rows here are so.",
                 fix="keep large values elsewhere and store a reference, or leave the feature out of the online store",
             )
-
-
-def _shown(key: bytes) -> str:
-    """A key as a message may show it: escaped and short."""
-    text = repr(key)[1:]
-    return text if len(text) <= 80 else f"{text[:80]}…"
 
 
 # ---- calls → server
@@ -416,7 +424,7 @@ class _Writer:
     def _foreign_key(self, call: _Call, position: int) -> SparkFSError:
         return InvalidError.of(
             "SFS-610",
-            f"The online key of entity {_shown(call.keys[position - 1].as_py())} of {self._target.prefix.decode()} "
+            f"The online key of entity {shown_key(call.keys[position - 1].as_py())} of {self._target.prefix.decode()} "
             "holds something that spark_fs did not write.",
             why="Nothing of this call was written.",
             fix="give spark_fs a database or a project name of its own, or delete the key",

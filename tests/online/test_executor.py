@@ -139,6 +139,21 @@ def test_files_are_published_newest_row_first_to_last(
     assert values == {1: [11, None], 2: [20, None], 3: None, 4: [40, None]}
 
 
+def test_the_first_rows_of_a_file_are_as_it_publishes_them(place: str) -> None:
+    """At most as many as asked for, with their key bytes; none of a file without rows."""
+    file = write_file(f"{place}/rows.parquet", [(number, NOON, number * 10) for number in range(5)])
+    keys = [Column("id", Int64)]
+    target = target_of("redis://nowhere", view_of(keys=keys))
+    first = executor.first_rows(file, target, keys, 3)
+    assert first is not None
+    assert first.column("_key").to_pylist() == [b"0", b"1", b"2"]
+    assert first.column("n").to_pylist() == [0, 10, 20]
+    whole = executor.first_rows(file, target, keys, 100)
+    assert whole is not None
+    assert whole.num_rows == 5
+    assert executor.first_rows(write_file(f"{place}/empty.parquet", []), target, keys, 3) is None
+
+
 def test_a_vector_may_be_null_in_all_rows_of_a_batch() -> None:
     """Only vectors that are there must have the declared length."""
     features = (Column("v", Embedding(3)),)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from datetime import date, datetime, timedelta, timezone
@@ -32,6 +32,7 @@ from spark_fs.ledger import Published
 from spark_fs.materialize import MaterializeResult, materialize_view
 from spark_fs.offline.tables import FeatureTable
 from spark_fs.online import executor, server
+from spark_fs.online.capacity import Demand, check_capacity
 from spark_fs.online.codec import key_prefix, redis_key
 from spark_fs.online.redis_store import OnlineTarget, write_batches
 from spark_fs.registry import Registry
@@ -989,12 +990,20 @@ def test_an_evicting_server_is_refused(tmp_path: Path, spark: SparkSession) -> N
     assert "allkeys-lru" in str(error)
 
 
-def test_a_full_server_fails_the_run_and_the_next_one_completes_it(tmp_path: Path, spark: SparkSession) -> None:
+def test_a_full_server_fails_the_run_and_the_next_one_completes_it(
+    tmp_path: Path, spark: SparkSession, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Out of memory in an executor reaches the driver as SFS-603; with more memory the same run ends complete."""
     with redis_process(tmp_path) as url, redis.Redis.from_url(url) as client:
         fs = against(tmp_path, spark, url)
         put(tmp_path, [(user, START, user) for user in range(20_000)])
-        client.config_set("maxmemory", client.info()["used_memory"] + 300_000)
+
+        def look(demand: Demand, count_new_keys: Callable[[], int]) -> Demand:
+            """Finds room enough, which others have taken a moment later."""
+            client.config_set("maxmemory", client.info()["used_memory"] + 300_000)
+            return check_capacity(demand, count_new_keys)
+
+        monkeypatch.setattr("spark_fs.room.check_capacity", look)
         with pytest.raises(SparkFSError) as caught:
             fs.materialize_incremental(END)
         assert caught.value.code == "SFS-603"
@@ -1004,6 +1013,7 @@ def test_a_full_server_fails_the_run_and_the_next_one_completes_it(tmp_path: Pat
         written = client.dbsize()
         assert 0 < written < 20_000
         client.config_set("maxmemory", 0)
+        monkeypatch.undo()
         assert counts(fs.materialize_incremental(END)) == (20_000, 20_000 - written, written, 0, 0)
         assert online(fs, [0, 19_999]) == [0, 19_999]
 
