@@ -293,7 +293,7 @@ def online_link(url: str | None) -> Check:
     from spark_fs.online.trust import is_loopback
 
     name = "online link"
-    found = re.match(r"(\w+)(?:\+\w+)?://(?:(.*)@)?([^/?]*)", url or "")
+    found = re.match(r"(\w+)(?:\+\w+)?://(?:([^/?]*)@)?([^/?]*)", url or "")
     if url is None or found is None:
         return Check(name, None, "not known where the online store is")
     scheme, login, hosts = found.groups()

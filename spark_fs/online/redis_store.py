@@ -447,7 +447,7 @@ def _forbids_scripts(error: redis.RedisError) -> bool:
 
 def _lacks_function(error: redis.RedisError) -> bool:
     """Whether FCALL was refused: not allowed, not known to a server before 7.0, or no such function."""
-    return isinstance(error, redis.ResponseError) and re.search("(?i)'fcall'|^Function not found", str(error)) is not None
+    return isinstance(error, redis.ResponseError) and re.search("(?i)['`]fcall['`]|^Function not found", str(error)) is not None
 
 
 def _no_function(error: redis.RedisError) -> SparkFSError:

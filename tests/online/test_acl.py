@@ -26,7 +26,7 @@ from spark_fs.online.read import PRESENT, OnlineReader
 from spark_fs.online.redis_store import bury_batches, write_batches
 from spark_fs.spec import select
 from tests.online import test_write
-from tests.online.servers import NOON, UTC, batch, target_of, view_of
+from tests.online.servers import NOON, UTC, batch, redis_process, target_of, view_of
 
 WRITER, READER = acl.User("w", acl.password_digest("one")), acl.User("r", acl.password_digest("two"))
 #: What anybody may send before a login, and so always.
@@ -44,7 +44,7 @@ def piped(url: str, lines: str) -> list[str]:
 
 def as_user(url: str, name: str, password: str) -> str:
     """The same server, by another login."""
-    return f"redis://{name}:{password}@{url.rpartition('@')[2]}"
+    return f"redis://{name}:{password}@{url.partition('://')[2].rpartition('@')[2]}"
 
 
 def release_of(client: redis.Redis) -> str:
@@ -161,6 +161,27 @@ def test_a_missing_function_is_told(writer: str, client: redis.Redis) -> None:
     assert client.dbsize() == 0
 
 
+@pytest.mark.parametrize(
+    ("told", "forbids", "lacks"),
+    [
+        ("this user has no permissions to run the 'evalsha' command or its subcommand", True, False),  # 6.2
+        ("User w has no permissions to run the 'evalsha' command", True, False),  # 7.0 and newer, Valkey
+        ("User w has no permissions to run the 'eval' command", True, False),
+        ("User w has no permissions to run the 'set' command", False, False),
+        ("No permissions to access a key", False, False),
+        ("User w has no permissions to run the 'fcall' command", False, True),
+        ("Function not found", False, True),
+        ("unknown command `FCALL`, with args beginning with: `f`, `1`, ", False, True),  # 6.2
+        ("unknown command 'FCALL', with args beginning with: 'f' '1' ", False, True),
+    ],
+)
+def test_what_servers_say_of_scripts_and_functions(told: str, forbids: bool, lacks: bool) -> None:
+    """Texts of servers of several releases: only a refusal of the script leads to the function."""
+    kind = redis.exceptions.NoPermissionError if "permissions" in told else redis.ResponseError
+    assert redis_store._forbids_scripts(kind(told)) is forbids
+    assert redis_store._lacks_function(kind(told)) is lacks
+
+
 def test_a_writer_of_before_7_0_writes_by_the_script(url: str, client: redis.Redis) -> None:
     """What is printed for 6.2 has no functions and no marks that it does not know; the script may then be run."""
     made = acl.statements("flights", WRITER, READER, release="6.2")
@@ -219,26 +240,20 @@ def test_the_writer_can_do_all_its_work_and_needs_all_it_may(writer: str, client
 
 def allowed(client: redis.Redis, user: str) -> set[str]:
     """All commands of the server that the user may run with some arguments, subcommands as ``cluster|slots``."""
-
-    def may(name: str, arity: int) -> bool:
-        words = [*name.split("|"), *["flights:1"] * abs(arity)][: max(abs(arity), name.count("|") + 1)]
-        said: Any = client.execute_command("ACL", "DRYRUN", user, *words)
-        return b"no permissions to run" not in said
-
-    reply: Any = redis.Redis(connection_pool=client.connection_pool)
-    connection = reply.connection_pool.get_connection()
+    connection: Any = client.connection_pool.get_connection()
     try:
         connection.send_command("COMMAND")
-        raw: Any = connection.read_response()
+        known: Any = connection.read_response()  # as it comes: the client would leave out subcommands
     finally:
-        reply.connection_pool.release(connection)
+        client.connection_pool.release(connection)
     found = set()
-    for name, arity, *rest in raw:
-        subcommands = rest[7]
-        for each in subcommands or [(name, arity)]:
-            text = each[0].decode()
-            if may(text, each[1]):
-                found.add(text)
+    for name, arity, *_, subcommands in (entry[:10] for entry in known):
+        for full, least, *_ in subcommands or [(name, arity)]:
+            words = full.decode().split("|")
+            words += ["flights:1"] * (abs(least) - len(words))
+            said: Any = client.execute_command("ACL", "DRYRUN", user, *words)
+            if b"no permissions to run" not in said:
+                found.add(full.decode())
     return found
 
 
@@ -247,9 +262,10 @@ def test_a_user_may_run_what_is_listed_and_nothing_else(
     administered: str, client: redis.Redis, user: str, commands: Sequence[str]
 ) -> None:
     """Of all commands that the server has, one by one; so none that writes is left to the reader."""
-    listed = {*acl.CONNECTION, *commands, "cluster|shards"} | ({"client|setinfo"} if release_of(client) == "7.2" else set())
-    found = {name for name in allowed(client, user) if not name.startswith("command|")} - WITHOUT_LOGIN
-    assert found == listed - {"command"} | {"command"} & found
+    listed = {*acl.CONNECTION, *acl.RELEASES[release_of(client)], *commands}
+    # By COMMAND its subcommands are allowed, which tell of commands; FCALL is allowed for one function.
+    found = {name.partition("|")[0] if name.startswith("command|") else name for name in allowed(client, user)}
+    assert found - WITHOUT_LOGIN == listed
 
 
 DENIED: list[tuple[Any, ...]] = [
@@ -347,6 +363,44 @@ def test_statements_may_be_repeated(administered: str, client: redis.Redis) -> N
             with pytest.raises(redis.exceptions.NoPermissionError):
                 user.get("everything:a")
     assert len(client.acl_getuser("r")["passwords"]) == 1  # type: ignore[index]
+
+
+# ---- restarts and replicas
+
+
+def test_users_and_the_function_outlive_a_restart(tmp_path: Path) -> None:
+    """With ACL SAVE and persistence the writer goes on as before."""
+    options = ["--aclfile", str(tmp_path / "users.acl"), "--appendonly", "yes"]
+    (tmp_path / "users.acl").touch()
+    text = "".join(f"{statement}\n" for statement in acl.statements("flights", WRITER, READER))
+    with redis_process(tmp_path, *options) as url:
+        assert piped(url, f"{text}ACL SAVE\n")[1:] == ["OK", "OK", "OK"]
+        with redis.Redis.from_url(url) as client:
+            client.shutdown(save=True)
+    with redis_process(tmp_path, *options) as url, redis.Redis.from_url(url) as client:
+        assert write_batches(iter([batch([b"a"], n=[1])]), target_of(as_user(url, "w", "one"))).applied == 1
+        assert "fcall" in used(client)
+
+
+def test_a_replica_gets_the_function_and_needs_the_users(tmp_path: Path) -> None:
+    """The lines are run on each server: a replica refuses the function, which it has already, and takes the users."""
+    for name in ("primary", "replica"):
+        (tmp_path / name).mkdir()
+    text = "".join(f"{statement}\n" for statement in acl.statements("flights", WRITER, READER))
+    with redis_process(tmp_path / "primary") as primary:
+        follow = ["--replicaof", "127.0.0.1", primary.rpartition(":")[2].partition("/")[0], "--repl-diskless-sync-delay", "0"]
+        with redis_process(tmp_path / "replica", *follow) as url, redis.Redis.from_url(url) as replica:
+            assert piped(primary, text)[1:] == ["OK", "OK"]
+            write_batches(iter([batch([b"JFK"], n=[1])]), target_of(as_user(primary, "w", "one")))
+            deadline = time.monotonic() + 20
+            while not replica.dbsize() and time.monotonic() < deadline:
+                time.sleep(0.02)
+            answers = [line for line in piped(url, text) if line]
+            assert answers[0].startswith("READONLY")
+            assert answers[1:] == ["OK", "OK"]
+            assert len(replica.function_list()) == 1
+            with OnlineReader(as_user(url, "r", "two")) as low:
+                assert low.read([select(view_of())], [{"origin": "JFK"}]).to_dict()["n"] == [1]
 
 
 # ---- the command

@@ -19,6 +19,7 @@ from spark_fs import FeatureStore
 from spark_fs.cli import main
 from spark_fs.config import load_environment
 from spark_fs.errors import InvalidError, translate
+from spark_fs.online.acl import password_digest
 from spark_fs.online.connect import check_server
 from spark_fs.online.executor import publish_rows
 from spark_fs.online.read import OnlineReader
@@ -72,9 +73,9 @@ def login(server: str, file: Path) -> str:
 
 def rotate(admin: redis.Redis, file: Path) -> None:
     """The steps of docs/operations.md: both passwords are valid until the file is replaced."""
-    admin.acl_setuser("job", enabled=True, passwords=[f"+{NEW}"])
+    admin.execute_command("ACL", "SETUSER", "job", f"#{password_digest(NEW)}")
     put(file, NEW)
-    admin.acl_setuser("job", enabled=True, passwords=[f"-{OLD}"])
+    admin.execute_command("ACL", "SETUSER", "job", f"!{password_digest(OLD)}")
 
 
 def cut(admin: redis.Redis) -> int:
