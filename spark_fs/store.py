@@ -290,12 +290,11 @@ class FeatureStore:
 
     def online_url(self) -> str:
         """The online store's address; starts the embedded server if that is what the environment uses."""
-        online = self.environment.config.online
-        if online.url != "embedded":
-            return online.url
+        if self.environment.online_url != "embedded":
+            return self.environment.online_url
         from spark_fs.online import server
 
-        return server.start(self.environment.state_dir, port=online.port).url
+        return server.start(self.environment.state_dir, port=self.environment.config.online.port).url
 
     def check_online(self) -> None:
         """Refuse an online store that cannot be reached or would drop values (SFS-601 to 604); starts no Spark."""

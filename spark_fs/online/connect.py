@@ -13,27 +13,35 @@ from redis.retry import Retry
 
 from spark_fs.errors import InvalidError, translate
 from spark_fs.online import codec
+from spark_fs.online.trust import secure
 
 OLDEST_SERVER = (6, 2)
 
 
 def make_pool(url: str, socket_timeout_seconds: float, retry: Retry) -> redis.ConnectionPool:
-    """Connections to the server, made when first used. Raises SFS-614 for what is no address."""
+    """Connections to the server, made when first used; ``password_file`` and TLS in the URL are as ``trust.secure`` says.
+
+    Raises SFS-614 for what is no address or has options that nobody knows, SFS-631 and SFS-632 as ``secure`` does.
+    """
     try:
-        return redis.ConnectionPool.from_url(
+        pool = redis.ConnectionPool.from_url(
             url,
             protocol=2,
             socket_timeout=socket_timeout_seconds,
             socket_connect_timeout=min(socket_timeout_seconds, 5.0),
             retry=retry,
         )
-    except (ValueError, TypeError):
+        options = pool.connection_kwargs
+        secure(options, [options.get("host", "localhost")], tls=issubclass(pool.connection_class, redis.SSLConnection))
+        pool.connection_class(**options)  # connects to nothing, but refuses options that it does not know
+    except (ValueError, TypeError, redis.RedisError):
         # The text of the error may hold a piece of the password, so it is neither shown nor chained.
         raise InvalidError.of(
             "SFS-614",
             "online.url is no address of a Redis server.",
             fix="write redis://host:6379/0, rediss://user:password@host:6379/0, unix:///path/to/socket or embedded",
         ) from None
+    return pool
 
 
 def open_client(url: str, *, socket_timeout_seconds: float = 5.0) -> redis.Redis:

@@ -9,6 +9,7 @@ out whatever began before it.
 from __future__ import annotations
 
 import hashlib
+import re
 import time
 import zlib
 from collections import deque
@@ -22,7 +23,7 @@ import redis
 from redis.backoff import NoBackoff
 from redis.retry import Retry
 
-from spark_fs.errors import InvalidError, SparkFSError
+from spark_fs.errors import InvalidError, SparkFSError, translate
 from spark_fs.online import codec
 from spark_fs.online.codec import ONLINE_SLOTS, key_prefix, shown_key
 from spark_fs.online.connect import make_pool
@@ -126,6 +127,10 @@ for i = 1, last, 2 do
 end
 return {applied, equal, stale, expired, fenced}
 """.replace(b"%GRAVE_MS%", b"%d" % (codec.GRAVE // timedelta(milliseconds=1)))
+_DIGEST = hashlib.sha1(SCRIPT, usedforsecurity=False).hexdigest().encode()
+#: The same text as a function, for logins that may not run scripts (``acl.library``). Another text has another name, so
+#: that two versions of spark_fs can use one server.
+FUNCTION = b"spark_fs_write_%b" % _DIGEST[:8]
 
 
 @dataclass(frozen=True, slots=True)
@@ -252,6 +257,7 @@ class _Manner(Enum):
     INSERT = "MSETNX: only if none of the keys is there"
     BY_HASH = "the script, by its hash"
     BY_TEXT = "the script, with its text, which loads it"
+    BY_FUNCTION = "the script as a function that an administrator has loaded"
 
 
 @dataclass(frozen=True, slots=True)
@@ -276,8 +282,9 @@ class _Call:
         return replace(self, manner=_Manner.BY_HASH, arguments=b"".join([*pieces, tail]))
 
 
-_BY_HASH = b"$7\r\nEVALSHA\r\n$40\r\n%b\r\n" % hashlib.sha1(SCRIPT, usedforsecurity=False).hexdigest().encode()
+_BY_HASH = b"$7\r\nEVALSHA\r\n$40\r\n%b\r\n" % _DIGEST
 _BY_TEXT = b"$4\r\nEVAL\r\n$%d\r\n%b\r\n" % (len(SCRIPT), SCRIPT)
+_BY_FUNCTION = b"$5\r\nFCALL\r\n$%d\r\n%b\r\n" % (len(FUNCTION), FUNCTION)
 
 
 def _bulk(value: bytes) -> bytes:
@@ -288,7 +295,7 @@ def _packed(call: _Call) -> bytes:
     """The command as it goes to the server."""
     if call.manner is _Manner.INSERT:
         return b"*%d\r\n$6\r\nMSETNX\r\n%b" % (2 * len(call.keys) + 1, call.arguments)
-    script = _BY_TEXT if call.manner is _Manner.BY_TEXT else _BY_HASH
+    script = {_Manner.BY_TEXT: _BY_TEXT, _Manner.BY_FUNCTION: _BY_FUNCTION}.get(call.manner, _BY_HASH)
     return b"".join([b"*%d\r\n" % (2 * len(call.keys) + 5), script, _bulk(b"%d" % len(call.keys)), call.arguments])
 
 
@@ -351,6 +358,8 @@ class _Writer:
         self._target = target
         #: Whether the server has had none of the keys so far, so that there is nothing to compare with.
         self.inserting = inserting
+        #: Whether the login may not run scripts, so that the function is called in their place.
+        self._by_function = False
         pool = make_pool(target.url, target.socket_timeout_seconds, Retry(NoBackoff(), 0))
         self._connection: Any = pool.make_connection()  # Any: redis-py leaves its methods untyped
         self._unanswered: deque[_Call] = deque()
@@ -376,6 +385,8 @@ class _Writer:
         return self._counts
 
     def _transmit(self, call: _Call) -> None:
+        if self._by_function and call.manner is not _Manner.INSERT:
+            call = replace(call, manner=_Manner.BY_FUNCTION)
         self._unanswered.append(call)
         try:
             self._connection.send_packed_command([_packed(call)])
@@ -390,6 +401,12 @@ class _Writer:
             self._transmit(replace(self._unanswered.popleft(), manner=_Manner.BY_TEXT))
             return
         except redis.RedisError as error:
+            if _forbids_scripts(error):
+                self._by_function = True
+                self._transmit(self._unanswered.popleft())
+                return
+            if _lacks_function(error):
+                raise _no_function(error) from error
             self._start_over(error)
             return
         call = self._unanswered.popleft()
@@ -431,9 +448,30 @@ class _Writer:
         )
 
 
+def _forbids_scripts(error: redis.RedisError) -> bool:
+    """Whether the login may run neither EVALSHA nor EVAL. All servers name the command in quotes."""
+    return isinstance(error, redis.exceptions.NoPermissionError) and re.search("'eval(sha)?'", str(error)) is not None
+
+
+def _lacks_function(error: redis.RedisError) -> bool:
+    """Whether FCALL was refused: not allowed, not known to a server before 7.0, or no such function."""
+    return isinstance(error, redis.ResponseError) and re.search("(?i)['`]fcall['`]|^Function not found", str(error)) is not None
+
+
+def _no_function(error: redis.RedisError) -> SparkFSError:
+    return InvalidError.of(
+        "SFS-630",
+        f"The login of the online store may not run scripts, and cannot call the function {FUNCTION.decode()} either.",
+        why=f"The server said: {error}.",
+        fix="let an administrator run what spark-fs online acl prints (--redis 6.2 where the server is older than 7.0)",
+    )
+
+
 def _is_transient(error: redis.RedisError) -> bool:
     if isinstance(error, (redis.AuthenticationError, redis.exceptions.AuthorizationError)):
         return False
+    if isinstance(translate(error), InvalidError):
+        return False  # TLS that waiting does not mend
     passing = (
         redis.ConnectionError,
         redis.TimeoutError,

@@ -345,7 +345,7 @@ def test_tls(tmp_path: Path) -> None:
     with redis_process(tmp_path, *options):
         secure = f"rediss://127.0.0.1:{port}/0"
         assert write(target_of(f"{secure}?ssl_ca_certs={certificate}"), batch([b"a"], n=[1])).applied == 1
-        with pytest.raises(UnavailableError, match="SFS-601"):
+        with pytest.raises(InvalidError, match="SFS-631"):
             check_server(secure)
 
 
