@@ -204,6 +204,7 @@ _FOREIGN: tuple[tuple[str, str, Callable[[BaseException], SparkFSError]], ...] =
     ("redis", "BusyLoadingError", _redis_unreachable),
     ("redis", "ReadOnlyError", _redis_unreachable),
     ("redis", "BUSY ", _redis_unreachable),
+    ("redis", "MasterNotFoundError", _redis_unreachable),
     ("redis", "NOREPLICAS ", _redis_unreachable),
     ("redis", "ClusterDownError", _redis_unreachable),
     ("redis", "MasterDownError", _redis_unreachable),

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from datetime import datetime, timedelta
 from decimal import Decimal
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -333,3 +334,120 @@ def test_slots_may_move_while_rows_are_written_and_read(nodes: Cluster) -> None:
     )
     assert watch.answers > 0
     assert watch.wrong == []
+
+
+# ---- what is told of loss
+
+
+def test_writes_that_a_failover_loses_are_noticed_and_replicas_are_counted(nodes: Cluster) -> None:
+    """Confirmed by a master whose replica did not hear of them: the count says so before, the missing mark after."""
+    target = target_of(nodes.url, wait_replicas=1, socket_timeout_seconds=2.0)
+    assert write_batches(iter([batch(KEYS[:3_000], n=range(3_000))]), target).replicas == 1
+    assert write_batches(iter([]), target).replicas is None
+    leave_token(nodes.url, target.prefix, "kept")
+    victim = nodes.masters[0]
+    heir = nodes.replica_of(victim)
+    eventually(lambda: heir.info("slave_repl_offset") == victim.info("master_repl_offset"), "a replica that has caught up")
+    with heir.frozen():
+        victim.client.client_kill_filter(_type="replica")
+        counts = write_batches(iter([batch(KEYS, n=range(6_000))]), target)
+        assert (counts.applied, counts.equal, counts.replicas) == (3_000, 3_000, 0)
+        leave_token(nodes.url, target.prefix, "lost")
+        assert has_token(nodes.url, target.prefix, "lost")
+        victim.kill()
+    eventually(lambda: heir.info("role") == "master", "the replica as master")
+    lost = eventually(lambda: values_of(nodes, target, KEYS).count(None), "lost keys, as all nodes see it")
+    assert 500 < lost < 1_500
+    assert [has_token(nodes.url, target.prefix, token) for token in ("kept", "lost")] == [True, False]
+    counts = write_batches(iter([batch(KEYS, n=range(6_000))]), target)
+    assert (counts.applied, counts.equal) == (lost, 6_000 - lost)
+    assert_ends_right(nodes, target, batch(KEYS, n=range(6_000)))
+
+
+def test_each_master_has_marks_of_its_own() -> None:
+    """However a cluster of up to 32 masters is cut, each has a list of marks."""
+    slots = sorted(codec.slot_of(b"%d" % tag) for tag in connect._MARK_TAGS)
+    assert len(slots) == 64
+    assert max(after - before for before, after in pairwise([-1, *slots, 16_384])) <= 512
+
+
+def test_the_least_count_of_replicas_is_told() -> None:
+    """Of tasks that asked; None is no count."""
+    counts = [WriteCounts(replicas=n) for n in (2, None, 1)]
+    assert sum(counts, WriteCounts()).replicas == 1
+    assert (WriteCounts() + WriteCounts()).replicas is None
+
+
+# ---- the rest of the online store
+
+
+def test_keys_of_all_masters_are_listed_compared_erased_and_removed(nodes: Cluster) -> None:
+    """Scans walk through each master; an erasure, its undoing and a removal find each key where it lies."""
+    target = target_of(nodes.url)
+    rows = batch(KEYS[:1_000], n=range(1_000))
+    write_batches(iter([rows]), target)
+    write_batches(iter([rows]), replace(target, prefix=b"flights:weather@10:"))
+    leave_token(nodes.url, target.prefix, "token")
+    listed = pa.Table.from_batches(stored_keys(iter([]), target))["_key"].to_pylist()
+    assert sorted(set(listed)) == sorted(KEYS[:1_000])
+    changed = batch(KEYS[:1_001], n=[7, *range(1, 1_001)])
+    found = pa.Table.from_batches(compare_rows(iter([changed]), target, frozenset(), 0)).to_pylist()
+    assert [(row["key"], row["status"]) for row in found if row["key"] is not None] == [(b"0", "wrong"), (b"1000", "missing")]
+
+    names = [codec.redis_key(target.prefix, key) for key in KEYS[:100]]
+    erase_keys(nodes.url, names)
+    assert write_batches(iter([rows]), target).fenced == 100
+    reopen_keys(nodes.url, names)
+    assert write_batches(iter([rows]), target).applied == 100
+    assert delete_prefix(nodes.url, target.prefix) == 1_000
+    assert not has_token(nodes.url, target.prefix, "token")
+    assert sum(node.client.dbsize() for node in nodes.masters) == 1_000  # type: ignore[misc]
+
+
+def test_what_the_address_names_is_checked(nodes: Cluster, tmp_path: Path) -> None:
+    """All masters are looked at; the kind of address must be that of the servers; no password is shown."""
+    report = check_server(nodes.url)
+    assert (report.mode, report.kind, report.max_bytes) == ("cluster", "redis", 0)
+    plain = f"redis://:{PASSWORD}@127.0.0.1:{nodes.nodes[0].port}/0"
+    with pytest.raises(InvalidError, match=r"SFS-604.*one node of a cluster.*redis\+cluster://"):
+        check_server(plain)
+    with redis_process(tmp_path, password=PASSWORD) as single:
+        alone = single.replace("redis://", "redis+cluster://")
+        for act in (check_server, lambda url: write_batches(iter([batch(KEYS[:9])]), target_of(url))):
+            with pytest.raises(InvalidError, match=r"SFS-604.*is no cluster"):
+                act(alone)
+    last = nodes.masters[2].client
+    last.config_set("maxmemory", "1gb")
+    last.config_set("maxmemory-policy", "allkeys-lru")
+    try:
+        with pytest.raises(InvalidError, match=r"SFS-604.*allkeys-lru"):
+            check_server(nodes.url)
+    finally:
+        last.config_set("maxmemory", "0")
+        last.config_set("maxmemory-policy", "noeviction")
+    refused = nodes.url.replace(PASSWORD, "not-it-4711")
+    for act in (check_server, lambda url: write_batches(iter([batch(KEYS[:9])]), target_of(url))):
+        with pytest.raises((SparkFSError, redis.RedisError)) as caught:
+            act(refused)
+        assert "SFS-602" in str(translate(caught.value))
+        assert "4711" not in str(caught.value)
+    with OnlineReader(refused) as reader, pytest.raises(InvalidError, match="SFS-602"):
+        reader.read([select(view_of(), ["n"])], {"origin": ["0"]})
+
+
+def test_a_full_master_fails_the_write_and_keeps_what_it_has(nodes: Cluster) -> None:
+    """It is told at once; with more memory the same write ends well."""
+    target, rows = target_of(nodes.url), batch(KEYS, n=range(6_000), s=["x" * 500] * 6_000)
+    full = nodes.masters[1].client
+    full.config_set("maxmemory", int(nodes.masters[1].info("used_memory")) + 300_000)
+    began = time.monotonic()
+    try:
+        with pytest.raises(redis.OutOfMemoryError):
+            write_batches(iter([rows]), target)
+        assert time.monotonic() - began < 5
+    finally:
+        full.config_set("maxmemory", 0)
+    counts = write_batches(iter([rows]), target)
+    assert counts.applied + counts.equal == counts.rows == 6_000
+    assert counts.equal > 0
+    assert_ends_right(nodes, target, rows)

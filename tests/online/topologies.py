@@ -160,6 +160,10 @@ class Sentinels:
         for node in [*self.servers, *self.sentinels]:
             if not node.is_running:
                 node.start()
+        master = self.master
+        if self.replica.info("master_host" if self.replica.info("role") == "slave" else "role") == "master":
+            # The sentinels would do it too, some ten seconds later.
+            self.replica.client.replicaof("127.0.0.1", str(master.port))
         eventually(self.is_whole, "a master with its replica, known to all sentinels", 60)
         self.master.client.flushall()
 
@@ -189,7 +193,7 @@ def sentinels(folder: Path) -> Iterator[Sentinels]:
                         f"sentinel monitor {SERVICE} 127.0.0.1 {servers[0].port} 2",
                         f"sentinel auth-pass {SERVICE} {PASSWORD}",
                         f"sentinel down-after-milliseconds {SERVICE} 1000",
-                        f"sentinel failover-timeout {SERVICE} 3000",
+                        f"sentinel failover-timeout {SERVICE} 1000",
                         "",
                     ]
                 )
