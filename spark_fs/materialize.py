@@ -28,7 +28,7 @@ from spark_fs.offline.compute import key_bytes, quoted, within
 from spark_fs.offline.table_log import Commit, can_be_read_in_place, changed_since
 from spark_fs.offline.tables import FeatureTable, observed
 from spark_fs.online import compare, executor
-from spark_fs.online.connect import has_token, leave_token
+from spark_fs.online.connect import has_token, leave_token, serving
 from spark_fs.online.redis_store import COUNTS, OnlineTarget, WriteCounts
 from spark_fs.registry import Published, Registry
 from spark_fs.spec import ViewSpec
@@ -125,11 +125,13 @@ def materialize_view(
     again, whatever is there, and rows that should not be there go; the interval adds nothing.
 
     Writes are guarded, so the same run can be repeated, overlap others and be interrupted at any point; only a run of which
-    every row is confirmed is noted as published. Raises SparkFSError SFS-616 where the online store has lost what was
-    published, and ConflictError SFS-615 where other runs of the view came in between three times.
+    every row is confirmed is noted as published; one during which servers have restarted or failed over begins anew, for they
+    may have lost rows. Raises SparkFSError SFS-616 where the online store has lost what was published, and ConflictError
+    SFS-615 where other runs of the view, or servers that were lost, came in between three times.
     """
     began, counts, withdrawn, rows_read = time.monotonic(), WriteCounts(), 0, 0
     for _ in range(_ATTEMPTS):
+        servers = serving(target.url, socket_timeout_seconds=target.socket_timeout_seconds)
         known = registry.published(table.view)
         if known and known.token and not repair:
             _check_not_lost(table.view, target, known.token)
@@ -137,7 +139,7 @@ def materialize_view(
         target = replace(target, generation=registry.generation(table.view), erased=registry.erased(table.view))
         log = table.commits()
         todo = plan_publication(log, known, interval, everything=everything or restate, repair=repair)
-        run = _Run(registry, table, todo, target, known)
+        run = _Run(registry, table, todo, target, known, servers)
         in_place = can_be_read_in_place(log)
         with suppress(_OvertakenError):
             if repair:
@@ -161,7 +163,8 @@ def materialize_view(
             )
     raise ConflictError.of(
         "SFS-615",
-        "The view was published, restated or erased from by others, again and again, while this run looked at it.",
+        "The view was published, restated or erased from by others, or servers of the online store have restarted or failed "
+        "over, again and again, while this run looked at it.",
         why="What was written is right, but not noted as published.",
         fix="run the same command again when they have ended",
     )
@@ -178,13 +181,16 @@ def _check_not_lost(view: ViewSpec, target: OnlineTarget, token: str) -> None:
 
 
 def _note(registry: Registry, view: ViewSpec, run: _Run, known: Published | None, done: Publication) -> bool:
-    """Note what is published now; False where another run has noted or restated something meanwhile."""
+    """Note what is published now; False where another run has noted or restated something, or a server was lost, meanwhile."""
     same = known and (known.table_version, known.intervals) == (done.version, done.intervals)
     if same and known and known.token and not done.fresh:
         return True
     token, target = uuid.uuid4().hex[:12], run.target
     # The mark first: with it lost, the rows before it may be lost too.
     leave_token(target.url, target.prefix, token, socket_timeout_seconds=target.socket_timeout_seconds)
+    # A server that was lost before the mark has the mark, and may lack rows.
+    if serving(target.url, socket_timeout_seconds=target.socket_timeout_seconds) != run.servers:
+        return False
     return registry.set_published(view, known, Published(done.version, done.intervals, token), run.generation)
 
 
@@ -196,9 +202,17 @@ class _Run:
     """One attempt: what was offered so far, and what became of it."""
 
     def __init__(
-        self, registry: Registry, table: FeatureTable, todo: Publication, target: OnlineTarget, known: Published | None
+        self,
+        registry: Registry,
+        table: FeatureTable,
+        todo: Publication,
+        target: OnlineTarget,
+        known: Published | None,
+        servers: frozenset[str],
     ) -> None:
         self._registry, self._table, self._todo, self._known = registry, table, todo, known
+        #: Who served when the attempt began.
+        self.servers = servers
         #: Where rows go; and the generation that the view must still have when they are noted.
         self.target, self.generation = target, target.generation
         self.counts, self.withdrawn, self.rows_read = WriteCounts(), 0, 0

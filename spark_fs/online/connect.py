@@ -276,6 +276,15 @@ def has_token(url: str, prefix: bytes, token: str, *, socket_timeout_seconds: fl
     return _patiently(url, look, socket_timeout_seconds)
 
 
+def serving(url: str, *, socket_timeout_seconds: float = 10.0) -> frozenset[str]:
+    """The run ids of the servers that hold the keys: others after each restart and failover, in which writes may be lost."""
+
+    def look(client: Client) -> frozenset[str]:
+        return frozenset(str(server.info("server")["run_id"]) for server in masters(client))
+
+    return _patiently(url, look, socket_timeout_seconds)
+
+
 def _patiently(url: str, act: Callable[[Client], T], socket_timeout_seconds: float) -> T:
     """Do what may be done twice; where replicas can take over, again and again until they have."""
     until = time.monotonic() + (0.0 if parse_address(url).mode == STANDALONE else FAILOVER_SECONDS)

@@ -9,7 +9,6 @@ its generation keeps out whatever began before it.
 from __future__ import annotations
 
 import hashlib
-import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import timedelta
@@ -37,9 +36,9 @@ MAX_VALUE_BYTES = 512 * 1024
 CALLS_IN_FLIGHT = 16
 #: Rows encoded at once are cut at so many bytes; it bounds memory beside the batch itself.
 ENCODE_BYTES = 4 * 1024 * 1024
-#: So many for a cluster, for they are sorted by slot: the more of them, the more rows has a call. Some five times as much
-#: memory is taken while they are encoded.
-SORT_BYTES = 16 * 1024 * 1024
+#: For a cluster so many bytes of rows are sorted by tag first: the more of them, the more rows has a call. Some four times
+#: as much memory is taken by it.
+SORT_BYTES = 32 * 1024 * 1024
 #: Tries in a row without one answer before a write to a single server gives up; with the growing pause between
 #: them some 6 seconds. Where replicas can take over it is ``links.FAILOVER_SECONDS``.
 MAX_FAILURES = 7
@@ -209,12 +208,12 @@ def write_batches(batches: Iterator[pa.RecordBatch], target: OnlineTarget, *, di
     from spark_fs.online import encode
 
     with _Writer(target, inserting=distinct and target.ttl is None and not target.restating) as writer:
-        for batch in encode.gathered(batches, SORT_BYTES) if writer.by_slot else batches:
-            kept = encode.without(batch, target.erased, target.prefix)
-            for part in encode.slices(kept, SORT_BYTES if writer.by_slot else ENCODE_BYTES):
+        kept = (encode.without(batch, target.erased, target.prefix) for batch in batches)
+        for batch in encode.by_tag(kept, SORT_BYTES) if writer.by_slot else kept:
+            for part in encode.slices(batch, ENCODE_BYTES):
                 values = encode.encode_values(part, target.features, target.generation)
-                keys = encode.encode_keys(part)
-                for call in _calls(keys, values, target, insert=writer.inserting, by_slot=writer.by_slot):
+                tags = part.column(encode.TAG) if writer.by_slot else None
+                for call in _calls(encode.encode_keys(part), values, target, insert=writer.inserting, tags=tags):
                     writer.send(call)
         return writer.finish()
 
@@ -231,9 +230,9 @@ def bury_batches(batches: Iterator[pa.RecordBatch], target: OnlineTarget) -> Wri
 
     tombstone = pa.scalar(codec.tombstone(target.generation), pa.large_binary())
     with _Writer(target, inserting=False) as writer:
-        for batch in encode.gathered(batches, SORT_BYTES) if writer.by_slot else batches:
-            keys = encode.encode_keys(batch)
-            for call in _calls(keys, pa.repeat(tombstone, len(keys)), target, insert=False, by_slot=writer.by_slot):
+        for batch in encode.by_tag(batches, SORT_BYTES) if writer.by_slot else batches:
+            keys, tags = encode.encode_keys(batch), batch.column(encode.TAG) if writer.by_slot else None
+            for call in _calls(keys, pa.repeat(tombstone, len(keys)), target, insert=False, tags=tags):
                 writer.send(call)
         return writer.finish()
 
@@ -320,22 +319,18 @@ def _tail(target: OnlineTarget) -> bytes:
     return _bulk(ttl) + _bulk(b"1" if target.restating else b"0")
 
 
-def _calls(keys: Any, values: Any, target: OnlineTarget, *, insert: bool, by_slot: bool) -> Iterator[_Call]:
-    """Rows, as key bytes and stored values, as calls: ≤ CALL_ROWS rows and about CALL_BYTES each.
+def _calls(keys: Any, values: Any, target: OnlineTarget, *, insert: bool, tags: Any = None) -> Iterator[_Call]:
+    """Rows, as key bytes and stored values, as calls in their order: ≤ CALL_ROWS rows and about CALL_BYTES each.
 
-    In their order, or ``by_slot``: each call has rows of one tag, and so of one slot of a cluster.
+    Where their ``tags`` are given, each call has rows of one tag, and so of one slot of a cluster.
     """
     import numpy as np  # numpy and pyarrow are needed to write only: reading does without
     import pyarrow as pa
 
     from spark_fs.online import encode
 
-    # One C call per key, 0.07 µs: cheaper than a table-driven CRC in numpy, whose cost grows with each byte of the
-    # longest key.
-    tags = np.fromiter(map(zlib.crc32, keys.to_pylist()), np.uint32, len(keys)) % ONLINE_SLOTS
-    if by_slot:
-        order = np.argsort(tags.astype(np.uint16), kind="stable")  # of 16 bits: by radix
-        keys, values, tags = keys.take(pa.array(order)), values.take(pa.array(order)), tags[order]
+    by_slot = tags is not None
+    tags = tags.to_numpy() if by_slot else encode.key_tags(keys)
     heads = pa.array([b"%b{%d}:" % (target.prefix, tag) for tag in range(ONLINE_SLOTS)], pa.large_binary())
     names = encode.join(heads.take(pa.array(tags)), keys)
     sizes = [np.diff(encode.offsets(column)) for column in (names, values)]
@@ -352,7 +347,7 @@ def _calls(keys: Any, values: Any, target: OnlineTarget, *, insert: bool, by_slo
     while start < len(keys):
         stop = min(start + CALL_ROWS, len(keys), max(start + 1, int(np.searchsorted(ends, done + CALL_BYTES, "right"))))
         if by_slot:
-            stop = min(stop, int(np.searchsorted(tags, tags[start], "right")))
+            stop = start + int(np.argmax(np.append(tags[start:stop] != tags[start], True)))
         pieces = [buffer[cut[start] : cut[stop]] for buffer, cut in zip(buffers, cuts, strict=True)]
         part_keys, part_names, part_values = (column.slice(start, stop - start) for column in (keys, names, values))
         size, slot = int(ends[stop - 1]) - done, slot_of(b"%d" % tags[start]) if by_slot else 0

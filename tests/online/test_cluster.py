@@ -17,7 +17,7 @@ import pytest
 import redis
 
 from spark_fs.errors import InvalidError, SparkFSError, translate
-from spark_fs.online import codec, connect, redis_store
+from spark_fs.online import codec, connect, encode, redis_store
 from spark_fs.online.compare import compare_rows, stored_keys
 from spark_fs.online.connect import check_server, delete_prefix, erase_keys, has_token, leave_token, reopen_keys
 from spark_fs.online.lookup import stored_values
@@ -86,16 +86,22 @@ def refusals(nodes: Cluster, kind: str) -> int:
 def test_calls_are_of_one_slot_and_lose_no_row() -> None:
     """Rows are put together by tag, each once; without a cluster they stay in their order."""
     target = target_of("")
-    values = pa.array([b"v%d" % n for n in range(6_000)], pa.large_binary())
-    keys = pa.array(KEYS, pa.large_binary())
-    calls = list(redis_store._calls(keys, values, target, insert=False, by_slot=True))
-    pairs = [pair for call in calls for pair in zip(call.keys.to_pylist(), call.values.to_pylist(), strict=True)]
-    assert sorted(pairs) == sorted(zip(KEYS, values.to_pylist(), strict=True))
+    rows = batch(KEYS, n=range(6_000))
+    (together,) = encode.by_tag(iter([rows.slice(0, 4_000), rows.slice(4_000)]), 1 << 30)
+    keys, values = encode.encode_keys(together), encode.encode_values(together, target.features, 1)
+    calls = list(redis_store._calls(keys, values, target, insert=False, tags=together.column(encode.TAG)))
     for call in calls:
         slots = {codec.slot_of(codec.tag_of(name)) for name in call.names.to_pylist()}
         assert slots == {call.slot}
-    assert len(calls) <= codec.ONLINE_SLOTS
-    plain = list(redis_store._calls(keys, values, target, insert=False, by_slot=False))
+    assert len(calls) == len({codec.tag_of(codec.redis_key(b"", key)) for key in KEYS})
+    decode = codec.Decoder(target.features).decode
+    pairs = [pair for call in calls for pair in zip(call.keys.to_pylist(), call.values.to_pylist(), strict=True)]
+    found = {key: decode(value)[0] for key, value in pairs}
+    assert len(pairs) == 6_000
+    assert found == {key: n for n, key in enumerate(KEYS)}
+    apart = [part.num_rows for part in encode.by_tag(iter([rows] * 3), rows.nbytes * 2)]
+    assert apart == [12_000, 6_000]
+    plain = list(redis_store._calls(encode.encode_keys(rows), values, target, insert=False))
     assert [key for call in plain for key in call.keys.to_pylist()] == KEYS
 
 
