@@ -86,11 +86,12 @@ def extra_keys(published: DataFrame, target: OnlineTarget) -> DataFrame:
 
 def run_tasks(frame: DataFrame, work: Callable[..., Iterator[Any]]) -> tuple[WriteCounts, int]:
     """Let the executors do the work; the sums of what they report, which is that of the task attempts that succeeded."""
-    measures = executor.MEASURES
-    parts = frame.mapInArrow(work, ", ".join(f"{name} bigint" for name in measures))
-    totals = parts.agg(*(F.coalesce(F.sum(name), F.lit(0)).alias(name) for name in measures)).first()
+    *summed, least = executor.MEASURES
+    parts = frame.mapInArrow(work, ", ".join(f"{name} bigint" for name in executor.MEASURES))
+    sums = (F.coalesce(F.sum(name), F.lit(0)).alias(name) for name in summed)
+    totals = parts.agg(*sums, F.min(least).alias(least)).first()
     assert totals is not None  # an aggregate without groups has one row
-    return WriteCounts(**{name: totals[name] for name in COUNTS}), totals["rows_read"]
+    return WriteCounts(**{name: totals[name] for name in (*COUNTS, least)}), totals["rows_read"]
 
 
 def newest_rows(view: ViewSpec, rows: DataFrame) -> DataFrame:

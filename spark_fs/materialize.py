@@ -13,7 +13,8 @@ import uuid
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, replace
-from functools import partial
+from functools import partial, reduce
+from operator import add
 from typing import Any, cast
 
 from pyspark.sql import DataFrame, Observation
@@ -36,7 +37,7 @@ from spark_fs.offline.changes import changes
 from spark_fs.offline.table_log import Commit, can_be_read_in_place
 from spark_fs.offline.tables import FeatureTable, is_version_gone, observed
 from spark_fs.online import executor
-from spark_fs.online.connect import has_token, leave_token
+from spark_fs.online.connect import has_token, leave_token, serving
 from spark_fs.online.redis_store import COUNTS, OnlineTarget, WriteCounts
 from spark_fs.publication import Publication, Request, plan_publication
 from spark_fs.registry import Registry
@@ -55,7 +56,8 @@ class MaterializeResult:
     ``rows_read`` rows of the feature table were offered, the newest of each key: ``applied`` were written, ``equal`` were
     there already, ``stale`` were older than what was there, ``expired`` were past their ttl. ``withdrawn`` keys had lost
     their row at the source, so that an older one is served, or none. ``bytes`` went to the server. ``resumed`` buckets were
-    left out, for a run that was stopped had written them. ``note``: what could not be done, if anything.
+    left out, for a run that was stopped had written them. ``replicas``: the least number of replicas that had all rows at the
+    end of a task, with ``online.wait_replicas``. ``note``: what could not be done, if anything.
     """
 
     view: str
@@ -70,6 +72,7 @@ class MaterializeResult:
     resumed: int
     bytes: int
     seconds: float
+    replicas: int | None = None
     note: str = ""
 
     def to_json(self) -> dict[str, Any]:
@@ -98,8 +101,10 @@ def materialize_view(
     same run can be repeated, overlap others and be interrupted at any point; only a run of which every row is confirmed is
     noted as published. ``run_id``: the registry's number of the run.
 
+    One during which servers have restarted or failed over begins anew, for they may have lost rows.
+
     Raises SparkFSError SFS-616 where the online store has lost what was published, before the run or during it, and
-    ConflictError SFS-615 where other runs of the view came in between three times.
+    ConflictError SFS-615 where other runs of the view, or servers that were lost, came in between three times.
     """
     began, run = time.monotonic(), _Run(registry, table, target, run_id or uuid.uuid4().hex[:12], is_repair=repair)
     asked: Request | None = Request(interval, restate, everything, repair)
@@ -115,7 +120,8 @@ def materialize_view(
                 return run.result(interval, time.monotonic() - began)
     raise ConflictError.of(
         "SFS-615",
-        "The view was published, restated or erased from by others, again and again, while this run looked at it.",
+        "The view was published, restated or erased from by others, or servers of the online store have restarted or failed "
+        "over, again and again, while this run looked at it.",
         why="What was written is right, but not noted as published.",
         fix="run the same command again when they have ended",
     )
@@ -165,6 +171,7 @@ class _Run:
             **{name: getattr(totals.counts, name) for name in COUNTS if name != "fenced"},
             withdrawn=totals.withdrawn,
             resumed=totals.resumed,
+            replicas=totals.counts.replicas,
             note=totals.note,
             seconds=round(seconds, 3),
         )
@@ -202,7 +209,9 @@ class _Run:
             token = known.token if known else ""
             return self._note(known, Published(todo.version, todo.intervals, token), target.generation, closed)
         done: frozenset[tuple[str, int]] = frozenset()
-        if resumed and self._has_mark(resumed.token):
+        servers = self._servers()
+        # Servers that were lost since may have lost confirmed rows, and kept the mark.
+        if resumed and resumed.plan["servers"] == servers and self._has_mark(resumed.token):
             mark, intent_id = resumed.token, resumed.intent_id
             done = frozenset((part.step, part.bucket) for part in resumed.parts if part.generation == target.generation)
         else:
@@ -212,6 +221,7 @@ class _Run:
                 "todo": todo.to_json(),
                 "before": known and known.to_json(),
                 "buckets": self._table.buckets(todo.version),
+                "servers": servers,
             }
             intent_id = ledger.begin(view, self._run_id, plan, mark)
             closed.append(intent_id)
@@ -222,8 +232,12 @@ class _Run:
             return False
         if not self._has_mark(mark):
             raise self._lost("The mark that this run left there before it wrote is gone: the server has lost data meanwhile.")
-        # The mark first: with it lost, the rows before it may be lost too.
-        return self._note(known, Published(todo.version, todo.intervals, self._leave_mark()), attempt.generation, closed)
+        # The mark first: with it lost, the rows before it may be lost too. A server that was lost before it has the mark, and
+        # may lack rows.
+        token = self._leave_mark()
+        return self._servers() == servers and self._note(
+            known, Published(todo.version, todo.intervals, token), attempt.generation, closed
+        )
 
     def _note(self, known: Published | None, done: Published, generation: int, closed: Sequence[str]) -> bool:
         """Note what is published now; False where another run has noted or restated something meanwhile."""
@@ -233,6 +247,10 @@ class _Run:
         for intent_id in closed:
             self._registry.ledger.finish(intent_id)
         return True
+
+    def _servers(self) -> list[str]:
+        """Which processes serve: others after each restart and failover."""
+        return sorted(serving(self._target.url, socket_timeout_seconds=self._target.socket_timeout_seconds))
 
     def _leave_mark(self) -> str:
         token, target = uuid.uuid4().hex[:12], self._target
@@ -304,7 +322,7 @@ class _Attempt:
     def run(self, request: Request, behind: Publication | None, *, in_place: bool) -> None:
         """Write all that there is to write. ``behind``: what was written, perhaps, of an older version and never noted."""
         if behind:
-            self._withdraw_whatis_version_gone(behind.version, behind.touched)
+            self._withdraw_what_is_gone(behind.version, behind.touched)
         if request.repair:
             self._offer_fresh(in_place=in_place, restate=False, repair=True)
             self._bury_extra()
@@ -358,7 +376,7 @@ class _Attempt:
         if observed(seen, changed, lost)["lost"]:
             self._withdraw(changed)
 
-    def _withdraw_whatis_version_gone(self, since: int, touched: Sequence[Interval]) -> None:
+    def _withdraw_what_is_gone(self, since: int, touched: Sequence[Interval]) -> None:
         """Restate keys with rows that were written, perhaps, of the table at ``since`` and are not in it any more."""
         try:
             gone = self._changes(since, touched)
@@ -391,15 +409,16 @@ class _Attempt:
         if self._registry.restated(view):
             newer = partial(executor.publish_in_place_of_lost, target=target)
             written.append(run_tasks(there.where("_left = 'newer'"), newer)[0])
-        self._totals.withdrawn += sum(counts.applied + counts.expired for counts in written)
-        self._add(WriteCounts(fenced=sum(c.fenced for c in written), bytes=sum(c.bytes for c in written)))
+        all_ = reduce(add, written)
+        self._totals.withdrawn += all_.applied + all_.expired
+        self._add(WriteCounts(fenced=all_.fenced, bytes=all_.bytes, replicas=all_.replicas))
 
     def _bury_extra(self) -> None:
         """Put tombstones in the place of rows that no published row of the table stands for."""
         published = newest_rows(self._table.view, self._rows(self._todo.version, self._todo.intervals))
         counts, _ = run_tasks(extra_keys(published, self._target), partial(executor.bury_rows, target=self._restating()))
         self._totals.withdrawn += counts.applied
-        self._add(WriteCounts(fenced=counts.fenced, bytes=counts.bytes))
+        self._add(WriteCounts(fenced=counts.fenced, bytes=counts.bytes, replicas=counts.replicas))
 
     def _restating(self, *, restates: bool = False) -> OnlineTarget:
         """The target of rows that may replace newer ones, all of what was written before.

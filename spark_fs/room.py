@@ -17,7 +17,7 @@ from spark_fs.offline.layout import read_layout
 from spark_fs.offline.tables import FeatureTable
 from spark_fs.online import executor
 from spark_fs.online.capacity import SAMPLE_ROWS, Demand, bytes_per_key, check_capacity, free_bytes, share_online
-from spark_fs.online.connect import open_client
+from spark_fs.online.connect import masters, open_client
 from spark_fs.online.redis_store import OnlineTarget
 from spark_fs.spec import ViewSpec
 
@@ -42,8 +42,8 @@ def check_room(table: FeatureTable, version: int, intervals: Sequence[Interval],
     if not alive:
         return
     with open_client(target.url, socket_timeout_seconds=target.socket_timeout_seconds) as client:
-        masters = [client]
-        free = free_bytes(masters)
+        servers = masters(client)
+        free = free_bytes(servers)
         if free is None:
             return
 
@@ -52,8 +52,8 @@ def check_room(table: FeatureTable, version: int, intervals: Sequence[Interval],
 
         most, sample = _from_files(table, version, alive, target) or _from_spark(table.view, rows())
         if sample is not None:
-            demand = Demand(most, bytes_per_key(sample, target, masters), free)
-            check_capacity(demand, lambda: _new_keys(table.view, rows(), target, masters))
+            demand = Demand(most, bytes_per_key(sample, target, servers), free)
+            check_capacity(demand, lambda: _new_keys(table.view, rows(), target, servers))
 
 
 def _alive(ttl: timedelta | None) -> Interval:
@@ -85,11 +85,11 @@ def _from_spark(view: ViewSpec, rows: DataFrame) -> tuple[int, pa.RecordBatch | 
     return rows.count(), next(iter(some.combine_chunks().to_batches()), None)
 
 
-def _new_keys(view: ViewSpec, rows: DataFrame, target: OnlineTarget, masters: Sequence[redis.Redis]) -> int:
+def _new_keys(view: ViewSpec, rows: DataFrame, target: OnlineTarget, servers: Sequence[redis.Redis]) -> int:
     """About how many keys the rows have that are not online: counted, and looked up by a sample. Runs two Spark jobs."""
     keys = rows.select(key_bytes(view.keys).alias("_key"))
     row = keys.agg(F.approx_count_distinct("_key", _KEYS_ERROR)).first()
     assert row is not None  # an aggregate without groups has one row
     several = F.pmod(F.xxhash64("_key"), F.lit(max(1, row[0] // _SAMPLE_KEYS))) == 0
     sample = [bytes(key) for (key,) in keys.where(several).distinct().collect()]
-    return int(row[0] * (1 - share_online(sample, target, masters)))
+    return int(row[0] * (1 - share_online(sample, target, servers)))

@@ -30,6 +30,7 @@ from __future__ import annotations
 import hashlib
 import struct
 import zlib
+from binascii import crc_hqx
 from collections.abc import Callable, Sequence
 from datetime import date, datetime, timedelta
 from decimal import Context, Decimal
@@ -140,6 +141,16 @@ def shown_key(key: bytes) -> str:
     """Key bytes as a message may show them: escaped and short."""
     text = repr(key)[1:]
     return text if len(text) <= 80 else f"{text[:80]}…"
+
+
+def tag_of(name: bytes) -> bytes:
+    """The tag of a Redis key that ``redis_key`` has made, without its braces."""
+    return name[name.index(b"{") + 1 : name.index(b"}")]
+
+
+def slot_of(tag: bytes) -> int:
+    """The slot of a Redis cluster that keys with this tag lie in."""
+    return crc_hqx(tag, 0) % 16384
 
 
 def key_bytes(values: Sequence[Any], keys: Sequence[Column]) -> bytes:

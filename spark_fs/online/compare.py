@@ -8,12 +8,12 @@ from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
 from spark_fs.online.codec import HEADER, SIGN_BIT, Decoder, read_header, redis_key, schema_id
-from spark_fs.online.connect import open_client, redis_errors, row_pattern
+from spark_fs.online.connect import Client, masters, open_client, redis_errors, scanned
+from spark_fs.online.lookup import stored_values
 from spark_fs.online.redis_store import OnlineTarget
 
 if TYPE_CHECKING:
     import pyarrow as pa
-    import redis
 
 #: The row or value is as it should be. EXPIRED: past its ttl, so that readers see none, whatever is stored.
 EQUAL, EXPIRED = "equal", "expired"
@@ -61,14 +61,13 @@ def compare_rows(batches: Iterator[pa.RecordBatch], target: OnlineTarget, restat
     yield _batch([(feature, status, rows, None, None, None) for (feature, status), rows in counts.items()])
 
 
-def _stored(client: redis.Redis, names: Sequence[bytes]) -> tuple[list[bytes | None], int]:
-    """What is stored under these names, and the server's time after that, in microseconds since 1970.
+def _stored(client: Client, names: Sequence[bytes]) -> tuple[list[bytes | None], int]:
+    """What is stored under these names, and the time after that, in microseconds since 1970, of the server furthest ahead.
 
-    It is the clock by which the server drops rows: one that has gone by itself is past its ttl at that time.
+    It is the clock by which servers drop rows: one that has gone by itself is past its ttl at that time.
     """
-    pipeline: Any = client.pipeline(transaction=False)
-    stored, (seconds, micros) = pipeline.mget(names).time().execute()
-    return stored, seconds * 1_000_000 + micros
+    stored, times = stored_values(client, names), [server.time() for server in masters(client)]
+    return stored, max(seconds * 1_000_000 + micros for seconds, micros in times)
 
 
 def stored_keys(batches: Iterator[pa.RecordBatch], target: OnlineTarget) -> Iterator[pa.RecordBatch]:
@@ -81,20 +80,16 @@ def stored_keys(batches: Iterator[pa.RecordBatch], target: OnlineTarget) -> Iter
     for _ in batches:
         pass
     with redis_errors(), open_client(target.url, socket_timeout_seconds=target.socket_timeout_seconds) as client:
-        cursor = 0
-        while True:
-            found: Any = client.scan(cursor, match=row_pattern(target.prefix), count=5_000)
-            cursor, names = found
-            lengths = client.pipeline(transaction=False)
-            for name in names:
-                lengths.strlen(name)
-            rows = [name for name, length in zip(names, lengths.execute(), strict=True) if length != HEADER.size]
-            # After the prefix comes the tag in braces, then a colon.
-            keys = [name[len(target.prefix) :].partition(b"}:")[2] for name in rows]
-            erased = pa.array(target.is_erased(keys), pa.bool_())
-            yield pa.RecordBatch.from_pydict({"_key": pa.array(keys, pa.binary()), "_erased": erased})
-            if cursor == 0:
-                return
+        for server in masters(client):
+            for names in scanned(server, target.prefix):
+                lengths = server.pipeline(transaction=False)
+                for name in names:
+                    lengths.strlen(name)
+                rows = [name for name, length in zip(names, lengths.execute(), strict=True) if length != HEADER.size]
+                # After the prefix comes the tag in braces, then a colon.
+                keys = [name[len(target.prefix) :].partition(b"}:")[2] for name in rows]
+                columns = {"_key": pa.array(keys, pa.binary()), "_erased": pa.array(target.is_erased(keys), pa.bool_())}
+                yield pa.RecordBatch.from_pydict(columns)
 
 
 def _judge(target: OnlineTarget, restated: frozenset[int]) -> Callable[..., list[tuple[Any, ...]]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -11,11 +12,11 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from spark_fs.errors import InvalidError, Problem, did_you_mean
-from spark_fs.online.codec import SIGN_BIT, bitmap_bytes, schema_id, shown_key
+from spark_fs.online.codec import ONLINE_SLOTS, SIGN_BIT, bitmap_bytes, schema_id, shown_key
 from spark_fs.spec import Column
 from spark_fs.types import ValueType
 
-KEY, EVENT, CREATED, BUILD = "_key", "event_timestamp", "created_timestamp", "_build"
+KEY, EVENT, CREATED, BUILD, TAG = "_key", "event_timestamp", "created_timestamp", "_build", "_tag"
 
 _BINARY = pa.large_binary()
 _INSTANT = pa.timestamp("us", tz="UTC")
@@ -23,10 +24,41 @@ Bytes8 = npt.NDArray[np.uint8]
 
 
 def slices(batch: pa.RecordBatch, size_bytes: int) -> Iterator[pa.RecordBatch]:
-    """The batch in pieces of about so many bytes, at least one row each."""
-    rows = max(1, size_bytes * batch.num_rows // max(1, batch.nbytes))
+    """The batch in pieces of at most about so many bytes, all of as many rows, at least one row each."""
+    rows = max(1, -(-batch.num_rows // max(1, -(-batch.nbytes // size_bytes))))
     for start in range(0, batch.num_rows, rows):
         yield batch.slice(start, rows)
+
+
+def by_tag(batches: Iterator[pa.RecordBatch], size_bytes: int) -> Iterator[pa.RecordBatch]:
+    """The same rows, with their tag as ``_tag`` and sorted by it: as many batches together as have at most so many bytes.
+
+    So the rows of a tag stand together in runs, the longer the more rows are sorted at once.
+    """
+    waiting: list[pa.RecordBatch] = []
+    for batch in batches:
+        if waiting and sum(part.nbytes for part in waiting) + batch.nbytes > size_bytes:
+            yield from _sorted_by_tag(waiting)
+        waiting.append(batch)
+    yield from _sorted_by_tag(waiting)
+
+
+def _sorted_by_tag(waiting: list[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
+    """One batch of those that wait, as a rule; takes them out of the list, so that they are in memory but once."""
+    if not waiting:
+        return
+    table = pa.Table.from_batches(waiting).combine_chunks()
+    waiting.clear()
+    tags = key_tags(encode_keys(table))
+    order = np.argsort(tags, kind="stable")  # of 16 bits: by radix
+    yield from table.append_column(TAG, pa.array(tags)).take(pa.array(order)).to_batches()
+
+
+def key_tags(keys: pa.Array) -> npt.NDArray[np.uint16]:
+    """The tags of key bytes, as ``codec.redis_key`` has them."""
+    # One C call per key, 0.07 µs: cheaper than a table-driven CRC in numpy, whose cost grows with each byte of the
+    # longest key.
+    return (np.fromiter(map(zlib.crc32, keys.to_pylist()), np.uint32, len(keys)) % ONLINE_SLOTS).astype(np.uint16)
 
 
 def encode_keys(batch: pa.RecordBatch) -> pa.LargeBinaryArray:

@@ -25,8 +25,8 @@ Told = list[tuple[int, dict[str, int]]]
 BATCH_ROWS = 64 * 1024
 #: How much of a column is read at once where only its first rows are wanted.
 _BUFFER_BYTES = 64 * 1024
-#: What these functions yield as their one row.
-MEASURES = (*COUNTS, "rows_read")
+#: What these functions yield as their one row: sums, and last the least number of replicas, null where it was not asked.
+MEASURES = (*COUNTS, "rows_read", "replicas")
 
 
 class Confirmed:
@@ -136,8 +136,8 @@ def publish_files(
 def _measures(counts: WriteCounts, rows_read: int) -> pa.RecordBatch:
     import pyarrow as pa
 
-    values = {name: getattr(counts, name) for name in COUNTS}
-    return pa.RecordBatch.from_pylist([{**values, "rows_read": rows_read}])
+    values = {**{name: getattr(counts, name) for name in COUNTS}, "rows_read": rows_read, "replicas": counts.replicas}
+    return pa.RecordBatch.from_pylist([values], pa.schema([(name, pa.int64()) for name in MEASURES]))
 
 
 def _rows_within(
