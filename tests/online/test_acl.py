@@ -20,7 +20,7 @@ from spark_fs import doctor
 from spark_fs.cli import main
 from spark_fs.errors import InvalidError, UnavailableError, translate
 from spark_fs.online import acl, codec, redis_store
-from spark_fs.online.compare import compare_rows, now_us, stored_keys
+from spark_fs.online.compare import compare_rows, stored_keys
 from spark_fs.online.connect import check_server, delete_prefix, erase_keys, has_token, leave_token, reopen_keys
 from spark_fs.online.read import PRESENT, OnlineReader
 from spark_fs.online.redis_store import bury_batches, write_batches
@@ -221,7 +221,7 @@ def everything_a_writer_does(url: str, client: redis.Redis) -> None:
     client.delete(codec.redis_key(target.prefix, b"x"))
     leave_token(url, target.prefix, "token")
     assert has_token(url, target.prefix, "token")
-    found = [row for part in compare_rows(iter([rows]), target, frozenset(), now_us()) for row in part.to_pylist()]
+    found = [row for part in compare_rows(iter([rows]), target, frozenset()) for row in part.to_pylist()]
     assert {row["status"] for row in found} == {"ahead", "missing"}
     names = [row["_key"] for part in stored_keys(iter([]), target) for row in part.to_pylist()]
     assert sorted(names) == [b"a", b"d"]

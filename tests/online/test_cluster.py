@@ -397,7 +397,7 @@ def test_keys_of_all_masters_are_listed_compared_erased_and_removed(nodes: Clust
     listed = pa.Table.from_batches(stored_keys(iter([]), target))["_key"].to_pylist()
     assert sorted(set(listed)) == sorted(KEYS[:1_000])
     changed = batch(KEYS[:1_001], n=[7, *range(1, 1_001)])
-    found = pa.Table.from_batches(compare_rows(iter([changed]), target, frozenset(), 0)).to_pylist()
+    found = pa.Table.from_batches(compare_rows(iter([changed]), target, frozenset())).to_pylist()
     assert [(row["key"], row["status"]) for row in found if row["key"] is not None] == [(b"0", "wrong"), (b"1000", "missing")]
 
     names = [codec.redis_key(target.prefix, key) for key in KEYS[:100]]
