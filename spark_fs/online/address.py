@@ -9,7 +9,7 @@ from urllib.parse import unquote, urlsplit
 
 from redis.connection import parse_url
 
-from spark_fs.errors import InvalidError
+from spark_fs.errors import InvalidError, SparkFSError
 
 STANDALONE, SENTINEL, CLUSTER = "standalone", "sentinel", "cluster"
 
@@ -47,12 +47,17 @@ def parse_address(url: str) -> Address:
         return _parsed(url)
     except (ValueError, TypeError):
         # The text of the error may hold a piece of the password, so it is neither shown nor chained.
-        raise InvalidError.of(
-            "SFS-614",
-            "online.url is no address of a Redis server.",
-            fix="write redis://host:6379/0, rediss://user:password@host:6379/0, unix:///path/to/socket, "
-            "redis+sentinel://host:26379,host2:26379/service/0, redis+cluster://host:6379,host2:6379 or embedded",
-        ) from None
+        raise no_address() from None
+
+
+def no_address() -> SparkFSError:
+    """What is said of a URL that is no address, without a piece of it."""
+    return InvalidError.of(
+        "SFS-614",
+        "online.url is no address of a Redis server.",
+        fix="write redis://host:6379/0, rediss://user:password@host:6379/0, unix:///path/to/socket, "
+        "redis+sentinel://host:26379,host2:26379/service/0, redis+cluster://host:6379,host2:6379 or embedded",
+    )
 
 
 def _parsed(url: str) -> Address:

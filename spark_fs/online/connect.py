@@ -15,8 +15,9 @@ from redis.retry import Retry
 
 from spark_fs.errors import InvalidError, SparkFSError, translate
 from spark_fs.online import codec
-from spark_fs.online.address import CLUSTER, SENTINEL, STANDALONE, Address, parse_address
+from spark_fs.online.address import CLUSTER, SENTINEL, STANDALONE, Address, no_address, parse_address
 from spark_fs.online.codec import slot_of
+from spark_fs.online.trust import secure
 
 OLDEST_SERVER = (6, 2)
 #: How long is waited for a replica to take over, where there are some. Sentinels and clusters take 15 s by default.
@@ -35,21 +36,31 @@ _NODE: Any = redis.cluster.ClusterNode
 
 
 def make_pool(url: str, socket_timeout_seconds: float, retry: Retry) -> redis.ConnectionPool:
-    """Connections to the server, or to the master that the sentinels name each time; made when first used. Raises SFS-614."""
+    """Connections to the server, or to the master that the sentinels name each time; made when first used.
+
+    ``password_file`` and TLS in the URL are as ``trust.secure`` says. Raises SFS-614 for what is no address or has options
+    that nobody knows, SFS-631 and SFS-632 as ``secure`` does.
+    """
     address = parse_address(url)
-    options = _options(address.options, socket_timeout_seconds, retry)
+    options = _options(address, socket_timeout_seconds, retry)
     if address.mode == STANDALONE:
-        return redis.ConnectionPool(**options)
-    known = {**_options(address.sentinel_options, socket_timeout_seconds, Retry(NoBackoff(), 0)), **_tls(address)}
+        pool = redis.ConnectionPool(**options)
+        try:
+            pool.connection_class(**pool.connection_kwargs)  # connects to nothing, but refuses options that it does not know
+        except (ValueError, TypeError, redis.RedisError):
+            raise no_address() from None
+        return pool
+    sentinel_options = _common(socket_timeout_seconds, Retry(NoBackoff(), 0)) | _tls_files(address) | address.sentinel_options
+    known = {**sentinel_options, **_tls(address)}
     sentinels = _SENTINEL(address.hosts, sentinel_kwargs=known)
-    pool: redis.ConnectionPool = _SENTINEL_POOL(address.service, sentinels, **options, **_tls(address))
-    return pool
+    named: redis.ConnectionPool = _SENTINEL_POOL(address.service, sentinels, **options, **_tls(address))
+    return named
 
 
 def node_pool(address: Address, host: str, port: int, socket_timeout_seconds: float, retry: Retry) -> redis.ConnectionPool:
     """Connections to one node of a cluster; made when first used."""
     kind = redis.SSLConnection if address.tls else redis.Connection
-    options = _options(address.options, socket_timeout_seconds, retry)
+    options = _options(address, socket_timeout_seconds, retry)
     return redis.ConnectionPool(connection_class=kind, host=host, port=port, **options)
 
 
@@ -73,7 +84,8 @@ def masters(client: Client) -> list[redis.Redis]:
 
 
 def _open_cluster(address: Address, socket_timeout_seconds: float) -> redis.RedisCluster:
-    options = _options(address.options, socket_timeout_seconds, _retry())
+    options = _options(address, socket_timeout_seconds, _retry())
+    options.pop("redis_connect_func", None)  # redis-py has one of its own for clusters
     retry = options.pop("retry")
     nodes = [_NODE(host, port) for host, port in address.hosts]
     try:
@@ -111,15 +123,26 @@ def _tls(address: Address) -> dict[str, Any]:
     return {"ssl": True} if address.tls else {}
 
 
-def _options(options: dict[str, Any], socket_timeout_seconds: float, retry: Retry) -> dict[str, Any]:
-    """What connections take; what the URL says wins."""
+def _common(socket_timeout_seconds: float, retry: Retry) -> dict[str, Any]:
     return {
         "protocol": 2,
         "socket_timeout": socket_timeout_seconds,
         "socket_connect_timeout": min(socket_timeout_seconds, 5.0),
         "retry": retry,
-        **options,
     }
+
+
+def _options(address: Address, socket_timeout_seconds: float, retry: Retry) -> dict[str, Any]:
+    """What connections take; what the URL says wins."""
+    options = {**_common(socket_timeout_seconds, retry), **address.options}
+    hosts = [host for host, _ in address.hosts] or [str(options.get("host", "localhost"))]
+    secure(options, hosts, tls=address.tls)
+    return options
+
+
+def _tls_files(address: Address) -> dict[str, Any]:
+    """The certificates and authorities of a URL."""
+    return {name: value for name, value in address.options.items() if name.startswith("ssl_")}
 
 
 @contextmanager
@@ -138,6 +161,8 @@ def is_transient(error: Exception) -> bool:
     """Whether waiting may mend an error of redis-py."""
     if isinstance(error, (redis.AuthenticationError, redis.exceptions.AuthorizationError)):
         return False
+    if isinstance(translate(error), InvalidError):
+        return False  # TLS that waiting does not mend
     if isinstance(error, redis.sentinel.MasterNotFoundError) and "AuthenticationError" in str(error):
         return False  # told by the sentinels
     return isinstance(error, _PASSING) or str(error).startswith(("BUSY ", "NOREPLICAS "))

@@ -9,6 +9,7 @@ its generation keeps out whatever began before it.
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import timedelta
@@ -19,7 +20,7 @@ import redis
 
 from spark_fs.errors import InvalidError, SparkFSError
 from spark_fs.online import codec
-from spark_fs.online.codec import ONLINE_SLOTS, key_prefix, slot_of, tag_of
+from spark_fs.online.codec import ONLINE_SLOTS, key_prefix, shown_key, slot_of, tag_of
 from spark_fs.online.links import open_links
 from spark_fs.spec import Column, ViewSpec
 
@@ -125,6 +126,10 @@ for i = 1, last, 2 do
 end
 return {applied, equal, stale, expired, fenced}
 """.replace(b"%GRAVE_MS%", b"%d" % (codec.GRAVE // timedelta(milliseconds=1)))
+_DIGEST = hashlib.sha1(SCRIPT, usedforsecurity=False).hexdigest().encode()
+#: The same text as a function, for logins that may not run scripts (``acl.library``). Another text has another name, so
+#: that two versions of spark_fs can use one server.
+FUNCTION = b"spark_fs_write_%b" % _DIGEST[:8]
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,8 +140,8 @@ class OnlineTarget:
     With a ``ttl`` Redis drops a row once its event time + ttl has passed; that is clean-up only, for readers judge
     the ttl themselves. ``generation`` counts the restatements of the view that were known when the writer began;
     ``restating``: the rows replace those of lower generations whatever their times. ``erased`` are the digests
-    (``codec.key_digest``) of the keys that must never be written. With ``wait_replicas`` a write ends by waiting shortly for
-    so many replicas, and tells how many there were.
+    (``codec.key_digest``, made with ``key_space``) of the keys that must never be written. With ``wait_replicas`` a write
+    ends by waiting shortly for so many replicas, and tells how many there were.
     """
 
     url: str = field(repr=False)
@@ -147,12 +152,26 @@ class OnlineTarget:
     socket_timeout_seconds: float = 10.0
     restating: bool = False
     erased: frozenset[bytes] = frozenset()
+    key_space: bytes = b""
     wait_replicas: int = 0
 
     @classmethod
     def of(cls, url: str, view: ViewSpec, *, generation: int = 1, socket_timeout_seconds: float = 10.0) -> OnlineTarget:
         """The target of a view version's rows."""
-        return cls(url, key_prefix(view), view.features, generation, view.ttl or None, socket_timeout_seconds)
+        target = cls(url, key_prefix(view), view.features, generation, view.ttl or None, socket_timeout_seconds)
+        return replace(target, key_space=codec.key_space(view))
+
+    def is_erased(self, keys: Sequence[bytes | None]) -> list[bool]:
+        """Which entities, by their key bytes, must not be online."""
+        return codec.erased_among(keys, self.erased, self.key_space, self.prefix)
+
+    def without_erased(self, batch: pa.RecordBatch) -> pa.RecordBatch:
+        """The batch without the rows of entities that must not be online, by its ``_key``."""
+        if not self.erased:
+            return batch
+        import pyarrow as pa
+
+        return batch.filter(pa.array([not gone for gone in self.is_erased(batch.column("_key").to_pylist())], pa.bool_()))
 
 
 #: What the server says of rows, and the bytes sent: the fields of ``WriteCounts``.
@@ -208,7 +227,7 @@ def write_batches(batches: Iterator[pa.RecordBatch], target: OnlineTarget, *, di
     from spark_fs.online import encode
 
     with _Writer(target, inserting=distinct and target.ttl is None and not target.restating) as writer:
-        kept = (encode.without(batch, target.erased, target.prefix) for batch in batches)
+        kept = map(target.without_erased, batches)
         for batch in encode.by_tag(kept, SORT_BYTES) if writer.by_slot else kept:
             for part in encode.slices(batch, ENCODE_BYTES):
                 values = encode.encode_values(part, target.features, target.generation)
@@ -246,6 +265,7 @@ class _Manner(Enum):
     INSERT = "MSETNX: only if none of the keys is there"
     BY_HASH = "the script, by its hash"
     BY_TEXT = "the script, with its text, which loads it"
+    BY_FUNCTION = "the script as a function that an administrator has loaded"
 
 
 @dataclass(frozen=True, slots=True)
@@ -302,8 +322,9 @@ class _Call:
         return replace(self, manner=_Manner.BY_HASH, arguments=b"".join([*pieces, self.tail]))
 
 
-_BY_HASH = b"$7\r\nEVALSHA\r\n$40\r\n%b\r\n" % hashlib.sha1(SCRIPT, usedforsecurity=False).hexdigest().encode()
+_BY_HASH = b"$7\r\nEVALSHA\r\n$40\r\n%b\r\n" % _DIGEST
 _BY_TEXT = b"$4\r\nEVAL\r\n$%d\r\n%b\r\n" % (len(SCRIPT), SCRIPT)
+_BY_FUNCTION = b"$5\r\nFCALL\r\n$%d\r\n%b\r\n" % (len(FUNCTION), FUNCTION)
 
 
 def _bulk(value: bytes) -> bytes:
@@ -314,7 +335,7 @@ def _packed(call: _Call) -> bytes:
     """The command as it goes to the server."""
     if call.manner is _Manner.INSERT:
         return b"*%d\r\n$6\r\nMSETNX\r\n%b" % (2 * len(call.keys) + 1, call.arguments)
-    script = _BY_TEXT if call.manner is _Manner.BY_TEXT else _BY_HASH
+    script = {_Manner.BY_TEXT: _BY_TEXT, _Manner.BY_FUNCTION: _BY_FUNCTION}.get(call.manner, _BY_HASH)
     return b"".join([b"*%d\r\n" % (2 * len(call.keys) + 5), script, _bulk(b"%d" % len(call.keys)), call.arguments])
 
 
@@ -363,20 +384,14 @@ def _calls(keys: Any, values: Any, target: OnlineTarget, *, insert: bool, tags: 
 def _refuse_oversized(keys: Any, sizes: list[Any]) -> None:
     for what, lengths in zip(("key", "value"), sizes, strict=True):
         if len(lengths) and lengths.max() > MAX_VALUE_BYTES:
-            worst = int(lengths.argmax())
+            worst, count = int(lengths.argmax()), int((lengths > MAX_VALUE_BYTES).sum())
             raise InvalidError.of(
                 "SFS-608",
-                f"The {what} of entity {_shown(keys[worst].as_py())} takes {lengths[worst]:,} bytes online; "
+                f"The {what} of entity {shown_key(keys[worst].as_py())} takes {lengths[worst]:,} bytes online; "
                 f"at most {MAX_VALUE_BYTES:,} are allowed.",
-                why="One such row would hold up every reader of the server.",
+                why=f"One such row would hold up every reader of the server; {count:,} of {len(keys):,} rows here are so.",
                 fix="keep large values elsewhere and store a reference, or leave the feature out of the online store",
             )
-
-
-def _shown(key: bytes) -> str:
-    """A key as a message may show it: escaped and short."""
-    text = repr(key)[1:]
-    return text if len(text) <= 80 else f"{text[:80]}…"
 
 
 # ---- calls → server
@@ -389,6 +404,8 @@ class _Writer:
         self._target = target
         #: Whether the server has had none of the keys so far, so that there is nothing to compare with.
         self.inserting = inserting
+        #: Whether the login may not run scripts, so that the function is called in their place.
+        self._by_function = False
         self._counts = WriteCounts()
         self._links = open_links(
             target.url, target.socket_timeout_seconds, self._answered, calls=CALLS_IN_FLIGHT, tries=MAX_FAILURES
@@ -406,7 +423,12 @@ class _Writer:
         """Send a call; waits for the oldest answers while too many are open."""
         if call.manner is _Manner.INSERT and not self.inserting:
             call = call.for_script()
-        self._links.send(call)
+        self._links.send(self._allowed(call))
+
+    def _allowed(self, call: _Call) -> _Call:
+        """The call in a manner that the login may use, as far as that is known."""
+        is_script = call.manner in (_Manner.BY_HASH, _Manner.BY_TEXT)
+        return replace(call, manner=_Manner.BY_FUNCTION) if self._by_function and is_script else call
 
     def finish(self) -> WriteCounts:
         """Wait for all answers."""
@@ -422,11 +444,14 @@ class _Writer:
             # The text of the script loads it again; only this call went unserved.
             return replace(call, manner=_Manner.BY_TEXT)
         if isinstance(reply, redis.RedisError):
-            raise reply
+            if _forbids_scripts(reply):
+                self._by_function = True
+                return self._allowed(call)
+            raise _no_function(reply) if _lacks_function(reply) else reply
         if call.manner is _Manner.INSERT:
             if not reply:
                 self.inserting = False
-                return call.for_script()
+                return self._allowed(call.for_script())
             self._counts += WriteCounts(applied=call.rows, bytes=call.size)
             return None
         if isinstance(reply, int):
@@ -438,8 +463,27 @@ class _Writer:
     def _foreign_key(self, call: _Call, position: int) -> SparkFSError:
         return InvalidError.of(
             "SFS-610",
-            f"The online key of entity {_shown(call.keys[position - 1].as_py())} of {self._target.prefix.decode()} "
+            f"The online key of entity {shown_key(call.keys[position - 1].as_py())} of {self._target.prefix.decode()} "
             "holds something that spark_fs did not write.",
             why="Nothing of this call was written.",
             fix="give spark_fs a database or a project name of its own, or delete the key",
         )
+
+
+def _forbids_scripts(error: redis.RedisError) -> bool:
+    """Whether the login may run neither EVALSHA nor EVAL. All servers name the command in quotes."""
+    return isinstance(error, redis.exceptions.NoPermissionError) and re.search("'eval(sha)?'", str(error)) is not None
+
+
+def _lacks_function(error: redis.RedisError) -> bool:
+    """Whether FCALL was refused: not allowed, not known to a server before 7.0, or no such function."""
+    return isinstance(error, redis.ResponseError) and re.search("(?i)['`]fcall['`]|^Function not found", str(error)) is not None
+
+
+def _no_function(error: redis.RedisError) -> SparkFSError:
+    return InvalidError.of(
+        "SFS-630",
+        f"The login of the online store may not run scripts, and cannot call the function {FUNCTION.decode()} either.",
+        why=f"The server said: {error}.",
+        fix="let an administrator run what spark-fs online acl prints (--redis 6.2 where the server is older than 7.0)",
+    )
