@@ -107,6 +107,14 @@ def no_cluster() -> SparkFSError:
     )
 
 
+def _no_sentinel() -> SparkFSError:
+    return InvalidError.of(
+        "SFS-604",
+        "The online store is no sentinel, but online.url says so.",
+        fix="write redis:// or rediss:// in the place of redis+sentinel:// or rediss+sentinel://, and only /0 behind the host",
+    )
+
+
 def _retry() -> Retry:
     return Retry(ExponentialBackoff(cap=0.2, base=0.02), 2)
 
@@ -196,7 +204,12 @@ def check_server(url: str, *, socket_timeout_seconds: float = 5.0) -> ServerRepo
     """
     mode = parse_address(url).mode
     with redis_errors(), open_client(url, socket_timeout_seconds=socket_timeout_seconds) as client:
-        infos = [server.info() for server in masters(client)]
+        try:
+            infos = [server.info() for server in masters(client)]
+        except redis.ResponseError as error:
+            if mode == SENTINEL and "unknown command" in str(error):
+                raise _no_sentinel() from None
+            raise
     for info in infos:
         _check_mode(mode, str(info.get("server_mode") or info.get("redis_mode", "standalone")))
     oldest = min(infos, key=_version)

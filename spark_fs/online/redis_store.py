@@ -289,6 +289,11 @@ class _Call:
         """How many rows there are."""
         return len(self.keys)
 
+    @property
+    def share(self) -> float:
+        """What part of a full call this is."""
+        return max(len(self.keys) / CALL_ROWS, self.size / CALL_BYTES)
+
     def packed(self) -> bytes:
         """The command as it goes to the server."""
         return _packed(self)
@@ -402,8 +407,9 @@ class _Writer:
         #: Whether the login may not run scripts, so that the function is called in their place.
         self._by_function = False
         self._counts = WriteCounts()
-        limits = {"calls": CALLS_IN_FLIGHT, "rows": CALLS_IN_FLIGHT * CALL_ROWS, "tries": MAX_FAILURES}
-        self._links = open_links(target.url, target.socket_timeout_seconds, self._answered, **limits)
+        self._links = open_links(
+            target.url, target.socket_timeout_seconds, self._answered, calls=CALLS_IN_FLIGHT, tries=MAX_FAILURES
+        )
         #: Whether a call may have rows of one slot only.
         self.by_slot = self._links.is_cluster
 
