@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import signal
 import subprocess
@@ -27,6 +28,15 @@ _PYTHON = "pyspark.daemon"
 
 
 @dataclass(frozen=True, slots=True)
+class Writer:
+    """A Python worker with its daemon and the socket by which it writes: that of one task."""
+
+    pid: int
+    daemon: int
+    socket: str
+
+
+@dataclass(frozen=True, slots=True)
 class Cluster:
     """A running master at ``url``, and the process ids of its workers."""
 
@@ -37,17 +47,17 @@ class Cluster:
         """The JVMs in which tasks run, of all applications."""
         return [process for process in self._descendants() if _EXECUTOR in process.line]
 
-    def writers(self, port: int) -> list[Process]:
+    def writers(self, port: int) -> set[Writer]:
         """The Python workers that have a connection open to this port of this machine."""
         workers = [process for process in self._descendants() if _PYTHON in process.line]
         sockets = _connections_to(port)
-        return [process for process in workers if sockets & _sockets(process.pid)]
+        return {
+            Writer(process.pid, process.parent, socket) for process in workers for socket in sockets & _sockets(process.pid)
+        }
 
-    def executor_of(self, writer: Process) -> Process:
-        """The JVM whose task a Python worker runs."""
-        parents = {process.pid: process.parent for process in self._descendants()}
-        (executor,) = [executor for executor in self.executors() if parents[writer.parent] == executor.pid]
-        return executor
+    def executor_of(self, writer: Writer) -> int:
+        """The process id of the JVM whose task a Python worker runs."""
+        return next(process.parent for process in self._descendants() if process.pid == writer.daemon)
 
     def _descendants(self) -> list[Process]:
         found, all_processes = set(self.workers), list(processes())
@@ -77,6 +87,7 @@ def running_cluster(folder: Path) -> Iterator[Cluster]:
     url = f"spark://127.0.0.1:{free_port()}"
     port = url.rpartition(":")[2]
     with ExitStack() as running:
+        running.enter_context(_adopting_orphans())
         ready = "I have been elected leader"
         running.enter_context(_daemon(folder / "master", "master.Master", "127.0.0.1", ready, "--port", port))
         options = ("--port", "0", "--cores", str(_CORES), "--memory", "4g", "--work-dir")
@@ -90,6 +101,20 @@ def running_cluster(folder: Path) -> Iterator[Cluster]:
         yield cluster
         left = cluster.executors()
     until(lambda: not {process.pid for process in left} & {process.pid for process in processes()})
+
+
+@contextmanager
+def _adopting_orphans() -> Iterator[None]:
+    """Whose parent dies becomes a child of this process for the block.
+
+    Were its new parent in another session, the system would wake a frozen worker, by SIGHUP, when its executor dies.
+    """
+    libc, set_child_subreaper = ctypes.CDLL(None, use_errno=True), 36
+    assert libc.prctl(set_child_subreaper, 1) == 0
+    try:
+        yield
+    finally:
+        libc.prctl(set_child_subreaper, 0)
 
 
 @contextmanager
@@ -131,9 +156,9 @@ class Frozen:
     Its daemon stands still too: so Spark cannot end the worker, and does not learn that it did not.
     """
 
-    def __init__(self, writer: Process) -> None:
+    def __init__(self, writer: Writer) -> None:
         self._writer = writer
-        for pid in (writer.parent, writer.pid):
+        for pid in (writer.daemon, writer.pid):
             os.kill(pid, signal.SIGSTOP)
 
     def __enter__(self) -> Frozen:
@@ -145,6 +170,6 @@ class Frozen:
         until(lambda: all(process.pid != self._writer.pid for process in processes()))
 
     def __exit__(self, *error: type[BaseException] | BaseException | TracebackType | None) -> None:
-        for pid in (self._writer.pid, self._writer.parent):
+        for pid in (self._writer.pid, self._writer.daemon):
             with suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGCONT)

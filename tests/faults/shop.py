@@ -25,9 +25,9 @@ from spark_fs.errors import ConflictError
 from spark_fs.materialize import MaterializeResult
 from spark_fs.online import codec
 from spark_fs.registry import Published
-from tests.e2e.command import PATIENCE_SECONDS, Process, processes, until, with_jars
+from tests.e2e.command import PATIENCE_SECONDS, processes, until, with_jars
 from tests.e2e.command import start as start_command
-from tests.faults.cluster import Cluster
+from tests.faults.cluster import Cluster, Writer
 from tests.online.proxy import Proxy, proxy_to
 from tests.online.servers import free_port, redis_process
 from tests.project import open_project
@@ -246,17 +246,20 @@ class Shop:
         until_then = self.calls() + more
         until(lambda: self.calls() >= until_then)
 
-    def writers(self) -> list[Process]:
+    def writers(self) -> set[Writer]:
         """The Python workers that write rows now."""
         port = urlsplit(self.proxy.url).port
         assert port is not None
         return self.cluster.writers(port)
 
-    def a_writer(self) -> Process:
-        """One of the Python workers that write rows, as soon as there is one."""
-        found: list[Process] = []
-        until(lambda: found.extend(self.writers()) or found)
-        return found[0]
+    def a_writer(self) -> Writer:
+        """A Python worker in the middle of a task: it has written some of its rows, and holds the others."""
+        lasting: set[Writer] = set()
+        while not lasting:
+            before = self.writers()
+            self.await_calls(6)  # there are two writers, and a task has twice as many calls
+            lasting = before & self.writers()
+        return min(lasting, key=lambda writer: writer.pid)
 
 
 @contextmanager

@@ -32,7 +32,7 @@ def test_a_killed_executor_costs_no_row_and_counts_none_twice(shop: Shop, victim
     run = shop.begin(start)
     shop.await_calls()
     writer = shop.a_writer()
-    os.kill(writer.pid if victim == "worker" else shop.cluster.executor_of(writer).pid, signal.SIGKILL)
+    os.kill(writer.pid if victim == "worker" else shop.cluster.executor_of(writer), signal.SIGKILL)
     shop.fast()
     (result,) = run.result()
     assert result.rows_read == sum(start <= at for _, at in shop.payments)
@@ -68,7 +68,7 @@ def test_a_worker_that_outlives_its_executor_changes_nothing(shop: Shop) -> None
     shop.await_calls()
     writer = shop.a_writer()
     with Frozen(writer) as zombie:
-        os.kill(shop.cluster.executor_of(writer).pid, signal.SIGKILL)
+        os.kill(shop.cluster.executor_of(writer), signal.SIGKILL)
         shop.fast()
         (result,) = run.result()
         assert result.applied + result.equal == USERS
