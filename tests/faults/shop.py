@@ -22,8 +22,12 @@ from pyspark.sql import SparkSession
 
 from spark_fs import FeatureStore
 from spark_fs.errors import ConflictError
-from spark_fs.materialize import MaterializeResult
+from spark_fs.files import feature_table_path
+from spark_fs.intervals import Interval
+from spark_fs.materialize import MaterializeResult, materialize_view
+from spark_fs.offline.tables import FeatureTable
 from spark_fs.online import codec
+from spark_fs.online.redis_store import OnlineTarget
 from spark_fs.registry import Published
 from tests.e2e.command import PATIENCE_SECONDS, processes, until, with_jars
 from tests.e2e.command import start as start_command
@@ -187,6 +191,13 @@ class Shop:
     def begin(self, start: datetime = START, end: datetime = END) -> Future[list[MaterializeResult]]:
         """Publish ``[start, end)`` by the shared driver, meanwhile."""
         return self._pool.submit(self.fs.materialize, start, end)
+
+    def begin_beside(self, start: datetime, end: datetime) -> Future[MaterializeResult]:
+        """As ``begin``, by a run that asks nobody whether another one is at the view: both write at the same time."""
+        view = self.fs.registry.state().require_view("spend")
+        table = FeatureTable(self._spark, feature_table_path(self.fs.environment.offline_root, view), view)
+        target = OnlineTarget.of(self.proxy.url, view)
+        return self._pool.submit(materialize_view, self.fs.registry, table, target, Interval(start, end))
 
     def again(self) -> MaterializeResult:
         """Publish all by the shared driver; where others hold the view, as soon as they have ended or are given up."""
