@@ -26,7 +26,7 @@ ORDER = [
     "offline.table_log", "offline.transaction", "offline.tables", "offline.placement", "offline.asof_plan",
     "offline.colocated", "offline.spine_files", "offline.spine_stats", "offline.asof",
     "offline.spines", "offline.datasets",
-    "online.codec", "online.connect", "online.encode", "online.redis_store", "online.compare", "online.executor",
+    "online.codec", "online.connect", "online.encode", "online.pace", "online.redis_store", "online.compare", "online.executor",
     "online.server", "online.read", "online.erase",
     "doctor", "build", "materialize", "audit", "store", "console", "submit", "template",
     "command", "machine", "publishing", "cli",

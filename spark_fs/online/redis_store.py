@@ -23,7 +23,7 @@ from redis.backoff import NoBackoff
 from redis.retry import Retry
 
 from spark_fs.errors import InvalidError, SparkFSError
-from spark_fs.online import codec
+from spark_fs.online import codec, pace
 from spark_fs.online.codec import ONLINE_SLOTS, key_prefix
 from spark_fs.online.connect import make_pool
 from spark_fs.spec import Column, ViewSpec
@@ -136,7 +136,8 @@ class OnlineTarget:
     With a ``ttl`` Redis drops a row once its event time + ttl has passed; that is clean-up only, for readers judge
     the ttl themselves. ``generation`` counts the restatements of the view that were known when the writer began;
     ``restating``: the rows replace those of lower generations whatever their times. ``erased`` are the digests
-    (``codec.key_digest``) of the keys that must never be written.
+    (``codec.key_digest``) of the keys that must never be written. ``max_rows_per_second`` is the share of one task of the
+    run's write budget (``pace.Pace``); None: as fast as the server answers.
     """
 
     url: str = field(repr=False)
@@ -147,11 +148,31 @@ class OnlineTarget:
     socket_timeout_seconds: float = 10.0
     restating: bool = False
     erased: frozenset[bytes] = frozenset()
+    max_rows_per_second: float | None = None
 
     @classmethod
-    def of(cls, url: str, view: ViewSpec, *, generation: int = 1, socket_timeout_seconds: float = 10.0) -> OnlineTarget:
-        """The target of a view version's rows."""
-        return cls(url, key_prefix(view), view.features, generation, view.ttl or None, socket_timeout_seconds)
+    def of(
+        cls,
+        url: str,
+        view: ViewSpec,
+        *,
+        generation: int = 1,
+        socket_timeout_seconds: float = 10.0,
+        max_rows_per_second: float = 0,
+    ) -> OnlineTarget:
+        """The target of a view version's rows; a budget of 0 is none. Raises SFS-629 for a budget below."""
+        if max_rows_per_second < 0:
+            fix = "give a number of rows above 0, or 0 for no limit"
+            raise InvalidError.of("SFS-629", f"A write budget cannot be {max_rows_per_second} rows a second.", fix=fix)
+        return cls(
+            url,
+            key_prefix(view),
+            view.features,
+            generation,
+            view.ttl or None,
+            socket_timeout_seconds,
+            max_rows_per_second=max_rows_per_second or None,
+        )
 
 
 #: What the server says of rows, and the bytes sent: the fields of ``WriteCounts``.
@@ -285,7 +306,10 @@ def _tail(target: OnlineTarget) -> bytes:
 
 
 def _calls(keys: Any, values: Any, target: OnlineTarget, *, insert: bool) -> Iterator[_Call]:
-    """Rows, as key bytes and stored values, as calls in their order: ≤ CALL_ROWS rows and about CALL_BYTES each."""
+    """Rows, as key bytes and stored values, as calls in their order: ≤ CALL_ROWS rows and about CALL_BYTES each.
+
+    Under a write budget they are smaller (``pace.call_rows``, ``pace.CALL_BYTES``).
+    """
     import numpy as np  # numpy and pyarrow are needed to write only: reading does without
     import pyarrow as pa
 
@@ -305,9 +329,12 @@ def _calls(keys: Any, values: Any, target: OnlineTarget, *, insert: bool) -> Ite
     buffers = [memoryview(encode.data(column)) for column in framed]
     cuts = [encode.offsets(column) for column in framed]
     manner, tail = (_Manner.INSERT, b"") if insert else (_Manner.BY_HASH, _tail(target))
+    most_rows, most_bytes = CALL_ROWS, CALL_BYTES
+    if target.max_rows_per_second:
+        most_rows, most_bytes = pace.call_rows(target.max_rows_per_second), pace.CALL_BYTES
     start, done = 0, 0
     while start < len(keys):
-        stop = min(start + CALL_ROWS, len(keys), max(start + 1, int(np.searchsorted(ends, done + CALL_BYTES, "right"))))
+        stop = min(start + most_rows, len(keys), max(start + 1, int(np.searchsorted(ends, done + most_bytes, "right"))))
         pieces = [buffer[cut[start] : cut[stop]] for buffer, cut in zip(buffers, cuts, strict=True)]
         columns = [column.slice(start, stop - start) for column in (keys, names, values)]
         yield _Call(manner, b"".join([*pieces, tail]), int(ends[stop - 1]) - done, *columns)
@@ -348,6 +375,7 @@ class _Writer:
         self._unanswered: deque[_Call] = deque()
         self._counts = WriteCounts()
         self._failures = 0
+        self._pace = pace.Pace(target.max_rows_per_second) if target.max_rows_per_second else None
 
     def __enter__(self) -> _Writer:
         return self
@@ -356,7 +384,12 @@ class _Writer:
         self._connection.disconnect()
 
     def send(self, call: _Call) -> None:
-        """Send a call; waits for the oldest answer while too many are open."""
+        """Send a call; waits for the oldest answer while too many are open, under a write budget for that of this call."""
+        if self._pace:
+            with self._pace.call(len(call.keys)):
+                self._transmit(call)
+                self.finish()
+            return
         while len(self._unanswered) >= CALLS_IN_FLIGHT:
             self._receive()
         self._transmit(call)
