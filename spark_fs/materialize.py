@@ -257,16 +257,16 @@ class _Run:
         """Serve what the keys have now, the newest of their rows or none, where that is older than what they have lost."""
         todo, view, target = self._todo, self._table.view, self._restating()
         there = newest_rows(view, self._rows(todo.version, todo.intervals), lost)
-        older, _ = _run(there.where(F.col("event_timestamp").isNotNull()), partial(executor.publish_rows, target=target))
+        older, _ = _run(there.where(F.col("event_timestamp").isNotNull()), executor.publish_rows, target)
         gone = there.where(F.col("event_timestamp").isNull()).select("_key")
-        none, _ = _run(gone, partial(executor.bury_rows, target=target))
+        none, _ = _run(gone, executor.bury_rows, target)
         self.withdrawn += older.applied + older.expired + none.applied
         self.counts += WriteCounts(fenced=older.fenced + none.fenced, bytes=older.bytes + none.bytes)
 
     def bury_extra(self) -> None:
         """Put tombstones in the place of rows that no published row of the table stands for."""
         published = newest_rows(self._table.view, self._rows(self._todo.version, self._todo.intervals))
-        counts, _ = _run(extra_keys(published, self.target), partial(executor.bury_rows, target=self._restating()))
+        counts, _ = _run(extra_keys(published, self.target), executor.bury_rows, self._restating())
         self.withdrawn += counts.applied
         self.counts += WriteCounts(fenced=counts.fenced, bytes=counts.bytes)
 
@@ -314,15 +314,15 @@ def publish_files(table: FeatureTable, version: int, target: OnlineTarget, inter
     named = table.spark.createDataFrame([(file,) for file in files], "file string").repartition(len(files))
     start_us, end_us = to_micros(interval.start), to_micros(interval.end)
     keys = table.view.keys
-    work = partial(executor.publish_files, target=target, keys=keys, start_us=start_us, end_us=end_us)
-    return _run(named, work)
+    work = partial(executor.publish_files, keys=keys, start_us=start_us, end_us=end_us)
+    return _run(named, work, target, most_tasks=len(files))
 
 
 def publish_rows(view: ViewSpec, rows: DataFrame, target: OnlineTarget) -> tuple[WriteCounts, int]:
     """Publish the newest of the rows of each key, through Spark's reader and a shuffle. Counts and rows read."""
     read, all_rows = Observation(), [F.count(F.lit(1)).alias("rows")]
     newest = newest_rows(view, rows.observe(read, *all_rows))
-    counts, _ = _run(newest, partial(executor.publish_rows, target=target))
+    counts, _ = _run(newest, executor.publish_rows, target)
     return counts, int(observed(read, rows, all_rows)["rows"])
 
 
@@ -335,10 +335,17 @@ def extra_keys(published: DataFrame, target: OnlineTarget) -> DataFrame:
     return unknown.unionByName(stored.where("_erased")).select("_key")
 
 
-def _run(frame: DataFrame, work: Callable[..., Iterator[Any]]) -> tuple[WriteCounts, int]:
+def _run(
+    frame: DataFrame, work: Callable[..., Iterator[Any]], target: OnlineTarget, *, most_tasks: int | None = None
+) -> tuple[WriteCounts, int]:
     """Let the executors do the work; the sums of what they report, which is that of the task attempts that succeeded."""
+    if target.max_rows_per_second:
+        # Each task gets the same share, so there must not be more of them than shares, however many cores Spark has or gets.
+        cores = frame.sparkSession.sparkContext.defaultParallelism
+        tasks = min(cores, most_tasks or cores)
+        frame, target = frame.coalesce(tasks), replace(target, max_rows_per_second=target.max_rows_per_second / tasks)
     measures = executor.MEASURES
-    parts = frame.mapInArrow(work, ", ".join(f"{name} bigint" for name in measures))
+    parts = frame.mapInArrow(partial(work, target=target), ", ".join(f"{name} bigint" for name in measures))
     totals = parts.agg(*(F.coalesce(F.sum(name), F.lit(0)).alias(name) for name in measures)).first()
     assert totals is not None  # an aggregate without groups has one row
     return WriteCounts(**{name: totals[name] for name in COUNTS}), totals["rows_read"]

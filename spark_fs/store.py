@@ -13,15 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from spark_fs.config import MOST_BUCKETS, is_bucket_count, load_environment
-from spark_fs.errors import (
-    InvalidError,
-    PartlyDoneError,
-    Problem,
-    SparkFSError,
-    did_you_mean,
-    summary,
-    translate,
-)
+from spark_fs.errors import InvalidError, PartlyDoneError, Problem, SparkFSError, did_you_mean, summary, translate
 from spark_fs.intervals import BEGINNING, Interval, missing
 from spark_fs.plan import Plan, apply_plan, make_plan
 from spark_fs.registry import Registry, State
@@ -196,19 +188,21 @@ class FeatureStore:
         *,
         restate: bool = False,
         everything: bool = False,
+        max_rows_per_second: int | None = None,
     ) -> list[MaterializeResult]:
         """Publish the newest row of each key with an event time in ``[start, end)``; builds what is missing of it first.
 
         What was published before is not sent again, except where it has changed since, or with ``everything``. ``restate``
         lets each key with a row in the interval serve the newest of those, also in the place of a newer one.
+        ``max_rows_per_second`` (None: as ``online.max_rows_per_second``; 0: no limit) keeps reads fast meanwhile.
         """
-        return self._materialize(_interval(start, end), views, restate=restate, everything=everything)
+        return self._materialize(_interval(start, end), views, max_rows_per_second, restate=restate, everything=everything)
 
     def materialize_incremental(
-        self, end: datetime | None = None, views: Iterable[str] | None = None
+        self, end: datetime | None = None, views: Iterable[str] | None = None, *, max_rows_per_second: int | None = None
     ) -> list[MaterializeResult]:
         """Publish what is new since the last run, up to ``end`` (exclusive; default: now); builds first."""
-        return self._materialize(_interval(BEGINNING, end or datetime.now(timezone.utc)), views)
+        return self._materialize(_interval(BEGINNING, end or datetime.now(timezone.utc)), views, max_rows_per_second)
 
     def audit(self, views: Iterable[str] | None = None, *, sample: int | None = None) -> list[AuditResult]:
         """Compare every value online, or those of ``sample`` keys a view, with what was published; changes nothing online.
@@ -224,10 +218,11 @@ class FeatureStore:
 
         return self._each_online("audit", views, audit_one)
 
-    def repair(self, views: Iterable[str] | None = None) -> list[MaterializeResult]:
+    def repair(self, views: Iterable[str] | None = None, *, max_rows_per_second: int | None = None) -> list[MaterializeResult]:
         """Write all that was published again, in the place of whatever is online, and remove what should not be there.
 
         Values that were restated on purpose become the newest again. Views that were never published are passed over.
+        ``max_rows_per_second`` as for ``materialize``.
         """
         from spark_fs.materialize import materialize_view
 
@@ -235,8 +230,8 @@ class FeatureStore:
             known = self.registry.published(view)
             if known is None:
                 return []
-            whole = Interval(known.intervals[0].start, known.intervals[-1].end)
-            return [materialize_view(self.registry, self._offline.table(view), self._target(view), whole, repair=True)]
+            whole, target = Interval(known.intervals[0].start, known.intervals[-1].end), self._target(view, max_rows_per_second)
+            return [materialize_view(self.registry, self._offline.table(view), target, whole, repair=True)]
 
         return self._each_online("repair", views, repair_one)
 
@@ -382,14 +377,14 @@ class FeatureStore:
         self.registry.finish_run(run_id, "done", {"results": [result.to_json() for result in done]})
 
     def _materialize(
-        self, interval: Interval, views: Iterable[str] | None, *, restate: bool = False, everything: bool = False
+        self, interval: Interval, views: Iterable[str] | None, budget: int | None, **how: bool
     ) -> list[MaterializeResult]:
         from spark_fs.materialize import materialize_view
 
         def publish(view: ViewSpec) -> list[MaterializeResult]:
             self._build_missing(view, interval)
-            target, table = self._target(view), self._offline.table(view)
-            return [materialize_view(self.registry, table, target, interval, restate=restate, everything=everything)]
+            target, table = self._target(view, budget), self._offline.table(view)
+            return [materialize_view(self.registry, table, target, interval, **how)]
 
         return self._each_online("materialize", views, publish)
 
@@ -399,10 +394,13 @@ class FeatureStore:
         self.check_online()
         return self._each(kind, chosen, act)
 
-    def _target(self, view: ViewSpec) -> OnlineTarget:
+    def _target(self, view: ViewSpec, max_rows_per_second: int | None = None) -> OnlineTarget:
         from spark_fs.online.redis_store import OnlineTarget
 
-        return OnlineTarget.of(self.online_url(), view, socket_timeout_seconds=self.environment.config.online.timeout_seconds)
+        online = self.environment.config.online
+        budget = online.max_rows_per_second if max_rows_per_second is None else max_rows_per_second
+        url, timeout = self.online_url(), online.timeout_seconds
+        return OnlineTarget.of(url, view, socket_timeout_seconds=timeout, max_rows_per_second=budget)
 
     def _build_missing(self, view: ViewSpec, interval: Interval) -> None:
         """Build all up to the interval's end if no build has covered some of the interval."""
