@@ -20,11 +20,11 @@ _CATCH_UP_SECONDS = 0.1
 #: A call without rows takes about as long as so many rows do.
 _ROWS_OF_A_TRIP = 50
 #: The pace is judged after so many calls, and so many seconds.
-_JUDGED_CALLS, _JUDGED_SECONDS = 8, 0.1
+_JUDGED_CALLS, _JUDGED_SECONDS = 5, 0.1
 #: The server is slow when a call takes so many times the least that was usual before.
 _SLOW = 4.0
 #: Halved while the server is slow, down to this share of the budget; regained by this factor.
-_LEAST_SHARE, _REGAIN = 1 / 16, 1.25
+_LEAST_SHARE, _REGAIN = 1 / 16, 1.5
 
 
 def call_rows(rows_per_second: float) -> int:
