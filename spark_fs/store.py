@@ -13,12 +13,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from spark_fs.config import MOST_BUCKETS, is_bucket_count, load_environment
-from spark_fs.errors import InvalidError, PartlyDoneError, Problem, SparkFSError, did_you_mean, summary, translate
+from spark_fs.errors import InvalidError, PartlyDoneError, SparkFSError, summary, translate
 from spark_fs.intervals import BEGINNING, Interval, missing
 from spark_fs.plan import Plan, apply_plan, make_plan
 from spark_fs.registry import Registry, State
 from spark_fs.repo import Repository, load
-from spark_fs.spec import Selection, ServiceSpec, ViewSpec, merge_selections, select
+from spark_fs.resolve import RecentRequests, resolve
+from spark_fs.spec import Selection, ViewSpec
 
 if TYPE_CHECKING:
     import pandas
@@ -79,6 +80,7 @@ class FeatureStore:
         """Carry out a plan (default: a new one) and return it. ConflictError if the registry has moved since it was made."""
         plan = plan or self.plan()
         apply_plan(plan, self.registry)
+        self._requests.forget()
         return plan
 
     # Feature tables.
@@ -260,26 +262,15 @@ class FeatureStore:
         *,
         full_feature_names: bool = False,
     ) -> OnlineResponse:
-        """The newest published values for each entity row, in one round trip; never starts Spark."""
-        return self._reader.read(self.resolve_features(features), entity_rows, full_feature_names=full_feature_names)
+        """The newest published values for each entity row, in one round trip; never starts Spark.
+
+        What others apply meanwhile is seen after a second at the latest, what this store applies at once.
+        """
+        return self._reader.read(self._requests.resolve(features), entity_rows, full_feature_names=full_feature_names)
 
     def resolve_features(self, features: Sequence[str] | str | FeatureService) -> list[Selection]:
         """The views and features that a request names; InvalidError with every name that is not known."""
-        state = self.registry.state()
-        if not isinstance(features, str) and not isinstance(features, Sequence):
-            features = features.name
-        if isinstance(features, str):
-            return _service_selections(state, state.require_service(features))
-        selections: list[Selection] = []
-        problems: list[Problem] = []
-        for reference in features:
-            try:
-                selections.append(_reference_selection(state, reference))
-            except InvalidError as error:
-                problems += error.problems
-        if problems:
-            raise InvalidError(*problems)
-        return merge_selections(selections)
+        return resolve(self.registry.state(), features)
 
     def online_url(self) -> str:
         """The online store's address; starts the embedded server if that is what the environment uses."""
@@ -319,6 +310,10 @@ class FeatureStore:
         from spark_fs.online.read import OnlineReader
 
         return OnlineReader(self.online_url(), socket_timeout_seconds=self.environment.config.online.timeout_seconds)
+
+    @cached_property
+    def _requests(self) -> RecentRequests:
+        return RecentRequests(self.resolve_features)
 
     @cached_property
     def _offline(self) -> OfflineStore:
@@ -451,26 +446,6 @@ def _choose(state: State, names: Iterable[str] | None, *, online: bool = False) 
     if not every:
         raise InvalidError.of("SFS-303", "No feature views are applied yet.", fix="run spark-fs apply")
     return [view for view in every.values() if view.online or not online]
-
-
-def _reference_selection(state: State, reference: str) -> Selection:
-    view, _, feature = reference.partition(":")
-    name, _, version = view.partition("@")
-    if not feature or (version and not version.isdigit()):
-        raise InvalidError.of(
-            "SFS-511",
-            f"'{reference}' does not name a feature.",
-            why=did_you_mean(reference, [f"{v.name}:{f}" for v in state.views.values() for f in v.feature_names]),
-            fix="write view:feature or view@2:feature; a service is given by its name alone, not in a list",
-        )
-    return select(state.require_view(name, int(version) if version else None), [feature])
-
-
-def _service_selections(state: State, service: ServiceSpec) -> list[Selection]:
-    return merge_selections(
-        select(state.require_view(item.view, item.version), item.features, item.alias, item.join_key_map)
-        for item in service.views
-    )
 
 
 def _refuse_in_use(state: State, spec: ViewSpec) -> None:

@@ -20,7 +20,7 @@ PACKAGE = ROOT / "spark_fs"
 #: Each module imports only what stands before it.
 ORDER = [
     "errors", "intervals", "types", "spec", "definitions", "config", "transformations", "repo", "registry_tables", "registry",
-    "plan",
+    "resolve", "plan",
     "jars", "session", "files", "key_bytes",
     "offline.sources", "offline.compute", "offline.changes", "offline.layout", "offline.blocks", "offline.bucket_files",
     "offline.table_log", "offline.transaction", "offline.tables", "offline.placement", "offline.asof_plan",
