@@ -21,11 +21,11 @@ from pyspark.sql import DataFrame, Observation, Window
 from pyspark.sql import functions as F
 
 from spark_fs.errors import ConflictError, SparkFSError
-from spark_fs.files import check_readable
 from spark_fs.intervals import Interval, intersect, merge, missing, text, to_micros
 from spark_fs.offline.changes import changes
 from spark_fs.offline.compute import key_bytes, quoted, within
-from spark_fs.offline.table_log import Commit, can_be_read_in_place, changed_since
+from spark_fs.offline.layout import read_layout
+from spark_fs.offline.table_log import Commit, can_be_read_in_place, changed_since, files_are_sorted
 from spark_fs.offline.tables import FeatureTable, observed
 from spark_fs.online import compare, executor
 from spark_fs.online.connect import has_token, leave_token
@@ -138,15 +138,14 @@ def materialize_view(
         log = table.commits()
         todo = plan_publication(log, known, interval, everything=everything or restate, repair=repair)
         run = _Run(registry, table, todo, target, known)
-        in_place = can_be_read_in_place(log)
         with suppress(_OvertakenError):
             if repair:
-                run.offer_fresh(in_place=in_place, restate=False, repair=True)
+                run.offer_fresh(log, restate=False, repair=True)
                 run.bury_extra()
             else:
                 # What is restated comes last: it is to stay.
                 run.offer_changes()
-                run.offer_fresh(in_place=in_place, restate=restate, repair=False)
+                run.offer_fresh(log, restate=restate, repair=False)
         counts, withdrawn, rows_read = counts + run.counts, withdrawn + run.withdrawn, rows_read + run.rows_read
         if not run.overtaken and _note(registry, table.view, run, known, todo):
             return MaterializeResult(
@@ -209,15 +208,16 @@ class _Run:
         """Whether others came in between, so that nothing may be noted."""
         return self._dropped or self.counts.fenced > 0
 
-    def offer_fresh(self, *, in_place: bool, restate: bool, repair: bool) -> None:
+    def offer_fresh(self, log: Sequence[Commit], *, restate: bool, repair: bool) -> None:
         """Offer all rows of the fresh intervals; a restatement or a repair lets them win over newer ones."""
         todo, target = self._todo, self.target
         if not todo.fresh:
             return
         if restate or repair:
             target = self._restating(restates=restate)
-        if in_place and len(todo.fresh) == 1 and _opens_without_spark(self._table.path):
-            counts, read = publish_files(self._table, todo.version, target, todo.fresh[0])
+        files = files_in_place(self._table, log, todo.fresh[0]) if len(todo.fresh) == 1 else None
+        if files is not None:
+            counts, read = publish_files(self._table, files, target, todo.fresh[0])
         else:
             counts, read = publish_rows(self._table.view, self._rows(todo.version, todo.fresh), target)
         self.counts, self.rows_read = self.counts + counts, self.rows_read + read
@@ -295,27 +295,33 @@ def within_any(intervals: Sequence[Interval]) -> SparkColumn:
     return reduce(or_, map(within, intervals))
 
 
-def _opens_without_spark(path: str) -> bool:
-    try:
-        check_readable(path)
-    except (OSError, ValueError, NotImplementedError):
-        return False
-    return True
+def files_in_place(table: FeatureTable, log: Sequence[Commit], interval: Interval) -> list[str] | None:
+    """The data files with rows of the interval, if each can be read by itself; else None. Starts no job.
 
-
-def publish_files(table: FeatureTable, version: int, target: OnlineTarget, interval: Interval) -> tuple[WriteCounts, int]:
-    """Publish each data file where it lies: no rows pass through the JVM and none are shuffled. Counts and rows read.
-
-    Only for tables of which ``can_be_read_in_place`` is true, at places that can be opened without Spark.
+    That is where all are known to be sorted and each bucket has one of them, so that no two share a key: the rows of one
+    build, or of all after an upkeep. There may be others, with rows outside the interval only.
     """
-    files = table.data_files(version)
+    if not (can_be_read_in_place(log) or files_are_sorted(log)):
+        return None
+    _, layout, _ = read_layout(table.path, log[0].version)
+    if layout is None:
+        return None
+    files = layout.touching(interval)
+    return [file.path for file in files] if len({file.bucket for file in files}) == len(files) else None
+
+
+def publish_files(
+    table: FeatureTable, files: Sequence[str], target: OnlineTarget, interval: Interval
+) -> tuple[WriteCounts, int]:
+    """Publish data files where they lie: no rows pass through the JVM and none are shuffled. Counts and rows read.
+
+    The files are those of ``files_in_place``.
+    """
     if not files:
         return WriteCounts(), 0
-    named = table.spark.createDataFrame([(file,) for file in files], "file string").repartition(len(files))
     start_us, end_us = to_micros(interval.start), to_micros(interval.end)
-    keys = table.view.keys
-    work = partial(executor.publish_files, keys=keys, start_us=start_us, end_us=end_us)
-    return _run(named, work, target, most_tasks=len(files))
+    work = partial(executor.publish_files, files=tuple(files), keys=table.view.keys, start_us=start_us, end_us=end_us)
+    return _run(table.spark.range(0, len(files), 1, len(files)), work, target, most_tasks=len(files))
 
 
 def publish_rows(view: ViewSpec, rows: DataFrame, target: OnlineTarget) -> tuple[WriteCounts, int]:
@@ -345,9 +351,9 @@ def _run(
         tasks = min(cores, most_tasks or cores)
         frame, target = frame.coalesce(tasks), replace(target, max_rows_per_second=target.max_rows_per_second / tasks)
     measures = executor.MEASURES
-    parts = frame.mapInArrow(partial(work, target=target), ", ".join(f"{name} bigint" for name in measures))
-    totals = parts.agg(*(F.coalesce(F.sum(name), F.lit(0)).alias(name) for name in measures)).first()
-    assert totals is not None  # an aggregate without groups has one row
+    # One row for each task, added up here: an aggregate in Spark would cost a stage of its own.
+    parts = frame.mapInArrow(partial(work, target=target), ", ".join(f"{name} bigint" for name in measures)).collect()
+    totals = {name: sum(part[name] for part in parts) for name in measures}
     return WriteCounts(**{name: totals[name] for name in COUNTS}), totals["rows_read"]
 
 

@@ -37,19 +37,27 @@ def bury_rows(batches: Iterator[pa.RecordBatch], target: OnlineTarget) -> Iterat
 
 
 def publish_files(
-    batches: Iterator[pa.RecordBatch], target: OnlineTarget, keys: Sequence[Column], start_us: int, end_us: int
+    batches: Iterator[pa.RecordBatch],
+    target: OnlineTarget,
+    files: Sequence[str],
+    keys: Sequence[Column],
+    start_us: int,
+    end_us: int,
 ) -> Iterator[pa.RecordBatch]:
-    """Write the newest row of each key with an event time in ``[start_us, end_us)`` from the files named in ``file``.
+    """Write the newest row of each key with an event time in ``[start_us, end_us)`` from the files of the numbers in ``id``.
 
     The files are Parquet, at URIs or absolute paths. In each the rows of a key must stand together, newest last, and no two
-    may share a key (``tables.can_be_read_in_place``). Memory is bounded by ``BATCH_ROWS``. Yields one row of ``MEASURES``.
+    may share a key (``materialize.files_in_place``). Memory is bounded by ``BATCH_ROWS``. Yields one row of ``MEASURES``.
     """
     read = [0]
 
     def rows() -> Iterator[pa.RecordBatch]:
         for batch in batches:
-            for file in batch.column("file").to_pylist():
-                yield from _newest(_rows_within(file, target, keys, start_us, end_us, read))
+            for number in batch.column("id").to_pylist():
+                found = _rows_within(files[number], target, keys, start_us, end_us, read)
+                # Key bytes of the newest rows only: of long histories that is a small part.
+                for newest in _newest(found, [key.name for key in keys]):
+                    yield _with_key(newest, target, keys)
 
     with redis_errors():
         counts = write_batches(rows(), target, distinct=True)
@@ -66,44 +74,73 @@ def _measures(counts: WriteCounts, rows_read: int) -> pa.RecordBatch:
 def _rows_within(
     file: str, target: OnlineTarget, keys: Sequence[Column], start_us: int, end_us: int, read: list[int]
 ) -> Iterator[pa.RecordBatch]:
-    """The file's rows of the interval, in its order, with their key bytes; adds their number to ``read``."""
+    """The file's rows of the interval, in its order, in batches of at least one; adds their number to ``read``."""
     import pyarrow as pa
     import pyarrow.compute as pc
     import pyarrow.parquet as pq
 
     from spark_fs.files import open_file
-    from spark_fs.key_bytes import key_column
-    from spark_fs.online.encode import BUILD, CREATED, EVENT, KEY
+    from spark_fs.online.encode import EVENT
 
-    names = [key.name for key in keys]
-    values = [EVENT, CREATED, BUILD, *(feature.name for feature in target.features)]
     start, end = (pa.scalar(micros, pa.int64()).cast(pa.timestamp("us", tz="UTC")) for micros in (start_us, end_us))
     with open_file(file) as stream:
         parquet = pq.ParquetFile(stream)
-        for whole in parquet.iter_batches(BATCH_ROWS, columns=[*names, *values]):
-            event = whole.column(EVENT)
-            batch = whole.filter(pc.and_(pc.greater_equal(event, start), pc.less(event, end)))
-            read[0] += batch.num_rows
-            columns = [key_column([batch.column(name) for name in names], batch.num_rows)]
-            columns += [batch.column(name) for name in values]
-            yield pa.RecordBatch.from_arrays(columns, names=[KEY, *values])
+        for batch in parquet.iter_batches(BATCH_ROWS, columns=[*(key.name for key in keys), *_values(target)]):
+            event = batch.column(EVENT)
+            within = _filtered(batch, pc.and_(pc.greater_equal(event, start), pc.less(event, end)))
+            if within.num_rows:
+                read[0] += within.num_rows
+                yield within
 
 
-def _newest(batches: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
-    """Of rows that follow each other with the same ``_key`` only the last, also across batches."""
+def _newest(batches: Iterator[pa.RecordBatch], names: Sequence[str]) -> Iterator[pa.RecordBatch]:
+    """Of rows that follow each other with equal keys (the columns ``names``) only the last, also across batches.
+
+    Keeps one batch back, for the next one may go on with its last key.
+    """
+    before: pa.RecordBatch | None = None
+    for batch in batches:
+        if before is not None:
+            yield _filtered(before, _ends_run(before, batch, names))
+        before = batch
+    if before is not None:
+        yield _filtered(before, _ends_run(before, None, names))
+
+
+def _ends_run(batch: pa.RecordBatch, after: pa.RecordBatch | None, names: Sequence[str]) -> pa.BooleanArray:
+    """Whether a row's keys are others than those of the next row; the last row's next is the first one of ``after``."""
+    import pyarrow as pa
     import pyarrow.compute as pc
 
+    ends = pa.array([False] * (batch.num_rows - 1), pa.bool_())
+    last = after is None
+    for name in names:
+        column = batch.column(name)
+        # A null is like nothing: such a row is let through, to be refused by name.
+        ends = pc.or_(ends, pc.not_equal(column.slice(0, len(column) - 1), column.slice(1)).fill_null(True))
+        last = last or (after is not None and column[-1] != after.column(name)[0])
+    return pa.concat_arrays([ends, pa.array([last], pa.bool_())])
+
+
+def _filtered(batch: pa.RecordBatch, mask: pa.BooleanArray) -> pa.RecordBatch:
+    """The rows where the mask is true; the batch itself, without a copy, where it is so for all."""
+    return batch if mask.true_count == len(mask) else batch.filter(mask)
+
+
+def _with_key(batch: pa.RecordBatch, target: OnlineTarget, keys: Sequence[Column]) -> pa.RecordBatch:
+    """Rows of a data file with ``_key`` in the place of their join keys."""
+    import pyarrow as pa
+
+    from spark_fs.key_bytes import key_column
     from spark_fs.online.encode import KEY
 
-    pending: pa.RecordBatch | None = None  # the last row so far: the next batch may go on with its key
-    for batch in batches:
-        if batch.num_rows == 0:
-            continue
-        known = batch.column(KEY)
-        if pending is not None and pending.column(KEY)[0] != known[0]:
-            yield pending
-        ends_run = pc.not_equal(known.slice(0, len(known) - 1), known.slice(1))
-        yield batch.slice(0, batch.num_rows - 1).filter(ends_run)
-        pending = batch.slice(batch.num_rows - 1)
-    if pending is not None:
-        yield pending
+    values = _values(target)
+    columns = [key_column([batch.column(key.name) for key in keys], batch.num_rows)]
+    return pa.RecordBatch.from_arrays([*columns, *(batch.column(name) for name in values)], names=[KEY, *values])
+
+
+def _values(target: OnlineTarget) -> list[str]:
+    """The columns of a data file that make the stored value."""
+    from spark_fs.online.encode import BUILD, CREATED, EVENT
+
+    return [EVENT, CREATED, BUILD, *(feature.name for feature in target.features)]

@@ -67,7 +67,7 @@ def test_of_each_run_the_last_row_stays_however_batches_are_cut(runs: list[tuple
     keys = [b"%d" % key for key, length in runs for _ in range(length)]
     rows = batch(keys, n=list(range(len(keys)))) if keys else None
     cut = [rows.slice(start, size) for start in range(0, len(keys), size)] if rows else []
-    kept = [n for piece in executor._newest(iter(cut)) for n in piece.column("n").to_pylist()]
+    kept = [n for piece in executor._newest(iter(cut), ["_key"]) for n in piece.column("n").to_pylist()]
     assert kept == [n for n, key in enumerate(keys) if n + 1 == len(keys) or keys[n + 1] != key]
 
 
@@ -108,9 +108,9 @@ def test_files_are_published_newest_row_first_to_last(
         write_file(f"{place}/c.parquet", [(3, NOON - HOUR, 30), (4, NOON + HOUR, 40)]),
     ]
     target = target_of(url, view_of(keys=[Column("id", Int64)]))
-    named = pa.RecordBatch.from_pydict({"file": files})
+    numbers = pa.RecordBatch.from_pydict({"id": [0, 1]})
     bounds = {"start_us": to_micros(NOON), "end_us": to_micros(NOON + 3 * HOUR)}
-    (measures,) = executor.publish_files(iter([named]), target, [Column("id", Int64)], **bounds)
+    (measures,) = executor.publish_files(iter([numbers]), target, files, [Column("id", Int64)], **bounds)
     assert measures.to_pylist()[0].items() >= {"rows_read": 4, "applied": 3, "equal": 0, "stale": 0}.items()
     values = {key: stored(client, b"%d" % key, target) for key in (1, 2, 3, 4)}
     assert values == {1: [11, None], 2: [20, None], 3: None, 4: [40, None]}
