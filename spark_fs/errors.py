@@ -115,12 +115,12 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
 
 #: One of our own errors inside the text of another: what a Spark executor raised reaches the driver so.
 _OURS_IN_TEXT = re.compile(r"\[(SFS-\d{3})\] ([^\n]+)")
-_SECRET_IN_URL = re.compile(r"(?<=://)[^/\s]*@")
+_SECRET_IN_URL = re.compile(r"(?<=://)[^/\s]*@|(?<=password=)[^&\s]+")
 
 
 def without_secrets(text: str) -> str:
-    """The text with the user and password part of every URL replaced by ``***@``."""
-    return _SECRET_IN_URL.sub("***@", text)
+    """The text with the user and password part of every URL, and passwords among its options, replaced by ``***``."""
+    return _SECRET_IN_URL.sub(lambda found: "***@" if found[0].endswith("@") else "***", text)
 
 
 #: The trace of a Python worker in the text of Spark's error; the line after its frames says what happened.
@@ -204,6 +204,14 @@ _FOREIGN: tuple[tuple[str, str, Callable[[BaseException], SparkFSError]], ...] =
     ("redis", "BusyLoadingError", _redis_unreachable),
     ("redis", "ReadOnlyError", _redis_unreachable),
     ("redis", "BUSY ", _redis_unreachable),
+    ("redis", "NOREPLICAS ", _redis_unreachable),
+    ("redis", "ClusterDownError", _redis_unreachable),
+    ("redis", "MasterDownError", _redis_unreachable),
+    ("redis", "MovedError", _redis_unreachable),
+    ("redis", "AskError", _redis_unreachable),
+    ("redis", "TryAgainError", _redis_unreachable),
+    ("redis", "SlotNotCoveredError", _redis_unreachable),
+    ("redis", "RedisClusterException", _redis_unreachable),
     ("redis", "ConnectionError", _redis_unreachable),
     ("redis", "TimeoutError", _redis_unreachable),
     ("", "No space left on device", _disk_full),

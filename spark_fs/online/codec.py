@@ -30,6 +30,7 @@ from __future__ import annotations
 import hashlib
 import struct
 import zlib
+from binascii import crc_hqx
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from datetime import date, datetime, timedelta
@@ -127,6 +128,16 @@ def redis_keys(prefix: bytes, tags: Sequence[int | None], keys: Sequence[bytes |
 def key_tags(keys: Sequence[bytes | None]) -> list[int | None]:
     """The hash tags of key bytes; None for None."""
     return [None if key is None else zlib.crc32(key) % ONLINE_SLOTS for key in keys]
+
+
+def tag_of(name: bytes) -> bytes:
+    """The tag of a Redis key that ``redis_key`` has made, without its braces."""
+    return name[name.index(b"{") + 1 : name.index(b"}")]
+
+
+def slot_of(tag: bytes) -> int:
+    """The slot of a Redis cluster that keys with this tag lie in."""
+    return crc_hqx(tag, 0) % 16384
 
 
 def key_bytes(values: Sequence[Any], keys: Sequence[Column]) -> bytes:
