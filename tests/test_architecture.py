@@ -27,7 +27,7 @@ ORDER = [
     "offline.colocated", "offline.spine_files", "offline.spine_stats", "offline.asof",
     "offline.spines", "offline.datasets",
     "online.codec", "online.address", "online.connect", "online.lookup", "online.encode",
-    "online.links", "online.pace", "online.redis_store", "online.compare", "online.executor",
+    "online.links", "online.pace", "online.script", "online.redis_store", "online.compare", "online.executor",
     "online.server", "online.read", "online.erase",
     "doctor", "build", "materialize", "audit", "store", "console", "submit", "template",
     "command", "machine", "publishing", "cli",

@@ -128,6 +128,12 @@ def row_bytes(segments: pa.LargeBinaryArray) -> bytes:
     return bytes(memoryview(data(segments))[cuts[0] : cuts[-1]])
 
 
+def size_bytes(segments: pa.LargeBinaryArray) -> int:
+    """How many bytes all rows have together."""
+    cuts = offsets(segments)
+    return int(cuts[-1] - cuts[0])
+
+
 def literal(value: bytes) -> pa.Scalar:
     """A segment that is the same in every row."""
     return pa.scalar(value, _BINARY)

@@ -87,14 +87,14 @@ def test_calls_are_of_one_slot_and_lose_no_row() -> None:
     target = target_of("")
     values = pa.array([b"v%d" % n for n in range(6_000)], pa.large_binary())
     keys = pa.array(KEYS, pa.large_binary())
-    calls = list(redis_store._calls(keys, values, target, insert=False, by_slot=True))
+    calls = list(redis_store._calls(keys, values, target, lambda: redis_store._Manner.BY_HASH, by_slot=True))
     pairs = [pair for call in calls for pair in zip(call.keys.to_pylist(), call.values.to_pylist(), strict=True)]
     assert sorted(pairs) == sorted(zip(KEYS, values.to_pylist(), strict=True))
     for call in calls:
         slots = {codec.slot_of(codec.tag_of(name)) for name in call.names.to_pylist()}
         assert slots == {call.slot}
     assert len(calls) <= codec.ONLINE_SLOTS
-    plain = list(redis_store._calls(keys, values, target, insert=False, by_slot=False))
+    plain = list(redis_store._calls(keys, values, target, lambda: redis_store._Manner.BY_HASH, by_slot=False))
     assert [key for call in plain for key in call.keys.to_pylist()] == KEYS
 
 
