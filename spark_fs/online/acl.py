@@ -11,7 +11,7 @@ import re
 from dataclasses import dataclass, field
 
 from spark_fs.errors import InvalidError
-from spark_fs.online.redis_store import FUNCTION, SCRIPT
+from spark_fs.online.script import FUNCTION, SCRIPT
 
 #: Release → commands that it has and those before have not. Functions, and keys for reading only, came with 7.0 as well.
 RELEASES: dict[str, tuple[str, ...]] = {"6.2": (), "7": ("cluster|shards",), "7.2": ("cluster|shards", "client|setinfo")}

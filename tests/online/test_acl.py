@@ -19,9 +19,18 @@ from click.testing import CliRunner, Result
 from spark_fs import doctor
 from spark_fs.cli import main
 from spark_fs.errors import InvalidError, UnavailableError, translate
-from spark_fs.online import acl, codec, redis_store
+from spark_fs.online import acl, capacity, codec, redis_store, script
 from spark_fs.online.compare import compare_rows, stored_keys
-from spark_fs.online.connect import check_server, delete_prefix, erase_keys, has_token, leave_token, reopen_keys
+from spark_fs.online.connect import (
+    check_server,
+    delete_prefix,
+    erase_keys,
+    has_token,
+    leave_token,
+    masters,
+    open_client,
+    reopen_keys,
+)
 from spark_fs.online.read import PRESENT, OnlineReader
 from spark_fs.online.redis_store import bury_batches, write_batches
 from spark_fs.spec import select
@@ -57,7 +66,7 @@ def administered(url: str, client: redis.Redis) -> Iterator[str]:
     """A server on which an administrator has piped the statements of project flights into redis-cli."""
     made = acl.statements("flights", WRITER, READER, release=release_of(client))
     answers = piped(url, "".join(f"{statement}\n" for statement in made))
-    assert answers == [redis_store.FUNCTION.decode().replace("_write", ""), "OK", "OK"]
+    assert answers == [script.FUNCTION.decode().replace("_write", ""), "OK", "OK"]
     client.config_resetstat()
     yield url
     client.function_flush()
@@ -85,9 +94,9 @@ def used(client: redis.Redis) -> set[str]:
 
 def test_the_function_is_the_script() -> None:
     """One text for both manners, and a name that changes with it."""
-    assert redis_store.SCRIPT.decode() in acl.library()
-    assert acl.library().count(redis_store.FUNCTION.decode()) == 1
-    assert redis_store._DIGEST[:8] in redis_store.FUNCTION
+    assert script.SCRIPT.decode() in acl.library()
+    assert acl.library().count(script.FUNCTION.decode()) == 1
+    assert script.DIGEST[:8] in script.FUNCTION
 
 
 AGES = timedelta(days=365_000)
@@ -209,6 +218,8 @@ def everything_a_writer_does(url: str, client: redis.Redis) -> None:
     rows, now = batch([b"a", b"b"], n=[1, 2]), datetime.now(UTC)
     assert check_server(url).used_bytes > 0
     assert doctor.clock(url).ok
+    with open_client(url) as login:
+        assert capacity.bytes_per_key(rows, target, masters(login)) > 0
     assert write_batches(iter([rows]), target, distinct=True).applied == 2
     assert write_batches(iter([batch([b"a", b"c"], NOON + timedelta(hours=1), n=[3, 4])]), target).applied == 2
     assert write_batches(iter([batch([b"d"], now, n=[5])]), soon).applied == 1
@@ -293,7 +304,7 @@ DENIED: list[tuple[Any, ...]] = [
     ("SET", "flight", "x"),
     ("UNLINK", "trains:a"),
     ("LPUSH", "trains:runs", "x"),
-    ("FCALL", redis_store.FUNCTION.decode(), 1, "trains:a", "x", "", "0"),
+    ("FCALL", script.FUNCTION.decode(), 1, "trains:a", "x", "", "0"),
 ]
 
 
@@ -312,7 +323,7 @@ def test_what_neither_may_do(request: pytest.FixtureRequest, client: redis.Redis
 @pytest.mark.parametrize(
     "command",
     [("SET", "flights:a", "x"), ("DEL", "flights:a"), ("LPUSH", "flights:a", "x"), ("GETDEL", "flights:a"),
-     ("PEXPIRE", "flights:a", 1), ("FCALL", redis_store.FUNCTION.decode(), 1, "flights:a", "x", "", "0"), ("SCAN", 0),
+     ("PEXPIRE", "flights:a", 1), ("FCALL", script.FUNCTION.decode(), 1, "flights:a", "x", "", "0"), ("SCAN", 0),
      ("INFO",)],
     ids=lambda command: command[0],
 )  # fmt: skip

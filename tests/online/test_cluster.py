@@ -19,6 +19,7 @@ import redis
 
 from spark_fs.errors import InvalidError, SparkFSError, translate
 from spark_fs.online import codec, connect, encode, redis_store
+from spark_fs.online.calls import Manner
 from spark_fs.online.compare import compare_rows, stored_keys
 from spark_fs.online.connect import check_server, delete_prefix, erase_keys, has_token, leave_token, reopen_keys
 from spark_fs.online.lookup import stored_values
@@ -90,7 +91,7 @@ def test_calls_are_of_one_slot_and_lose_no_row() -> None:
     rows = batch(KEYS, n=range(6_000))
     (together,) = encode.by_tag(iter([rows.slice(0, 4_000), rows.slice(4_000)]), 1 << 30)
     keys, values = encode.encode_keys(together), encode.encode_values(together, target.features, 1)
-    calls = list(redis_store._calls(keys, values, target, insert=False, tags=together.column(encode.TAG)))
+    calls = list(redis_store._calls(keys, values, target, lambda: Manner.BY_HASH, tags=together.column(encode.TAG)))
     for call in calls:
         slots = {codec.slot_of(codec.tag_of(name)) for name in call.names.to_pylist()}
         assert slots == {call.slot}
@@ -102,7 +103,7 @@ def test_calls_are_of_one_slot_and_lose_no_row() -> None:
     assert found == {key: n for n, key in enumerate(KEYS)}
     apart = [part.num_rows for part in encode.by_tag(iter([rows] * 3), rows.nbytes * 2)]
     assert apart == [12_000, 6_000]
-    plain = list(redis_store._calls(encode.encode_keys(rows), values, target, insert=False))
+    plain = list(redis_store._calls(encode.encode_keys(rows), values, target, lambda: Manner.BY_HASH))
     assert [key for call in plain for key in call.keys.to_pylist()] == KEYS
 
 
@@ -377,7 +378,7 @@ def test_tls(tmp_path: Path) -> None:
         assert write_batches(iter([batch(KEYS, n=range(6_000))]), target).applied == 6_000
         with OnlineReader(target.url) as reader:
             assert reader.read([select(view_of(), ["n"])], {"origin": ["7"]}).to_dict()["n"] == [7]
-        with pytest.raises(SparkFSError, match="SFS-601"):
+        with pytest.raises(SparkFSError, match="SFS-631"):
             check_server(secure)
 
 
