@@ -149,6 +149,20 @@ def test_many_calls_go_over_to_the_function(writer: str, client: redis.Redis) ->
     assert 1 <= stats["cmdstat_evalsha"]["rejected_calls"] <= redis_store.CALLS_IN_FLIGHT
 
 
+def test_rows_that_a_look_finds_different_go_to_the_function(writer: str, client: redis.Redis) -> None:
+    """Equal rows are looked up by MGET, and only those that differ are written, by FCALL."""
+    keys, target = [b"%d" % i for i in range(5_000)], target_of(writer)
+    write_batches(iter([batch(keys, n=range(5_000))]), target, distinct=True)
+    client.config_resetstat()
+    events = [NOON + timedelta(hours=number >= 4_990) for number in range(5_000)]
+    counts = write_batches(iter([batch(keys, events, n=range(5_000))]), target, distinct=True)
+    assert (counts.applied, counts.equal, counts.rows) == (10, 4_990, 5_000)
+    stats: Any = client.info("commandstats")
+    assert (stats["cmdstat_evalsha"]["calls"], stats["cmdstat_evalsha"]["rejected_calls"]) == (0, 2)
+    assert stats["cmdstat_fcall"]["calls"] <= 4
+    assert stats["cmdstat_mget"]["calls"] >= 8
+
+
 def test_new_rows_by_msetnx_need_no_function(writer: str, client: redis.Redis) -> None:
     """A first publication needs none; the second one of the same rows goes over to the function."""
     rows = batch([b"a", b"b"], n=[1, 2])

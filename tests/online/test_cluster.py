@@ -344,6 +344,21 @@ def test_slots_may_move_while_rows_are_written_and_read(nodes: Cluster) -> None:
     assert watch.wrong == []
 
 
+def test_rows_that_are_there_may_be_looked_up_while_slots_move(nodes: Cluster) -> None:
+    """A look follows ASK and TRYAGAIN as a write does: a row is found wherever it is, and none is written again."""
+    target, rows = target_of(nodes.url), batch(KEYS[:3_000], n=range(3_000))
+    write_batches(iter([rows]), target)
+    tags = [codec.slot_of(b"%d" % tag) for tag in range(codec.ONLINE_SLOTS)]
+    with Resharding(nodes, [slot for slot in sorted(tags) if slot <= 5460][:20]) as resharding:
+        while resharding.is_alive():
+            counts = write_batches(iter([rows]), target, distinct=True)
+            assert (counts.equal, counts.rows) == (3_000, 3_000)
+    assert resharding.moved == 20
+    stats: Any = nodes.masters[0].client.info("commandstats")
+    assert stats["cmdstat_mget"]["calls"] > 100
+    assert {kind: refusals(nodes, kind) > 0 for kind in ("ASK", "TRYAGAIN")} == {"ASK": True, "TRYAGAIN": True}
+
+
 def test_masters_that_send_a_call_to_each_other_are_given_up_in_time(nodes: Cluster, monkeypatch: pytest.MonkeyPatch) -> None:
     """After a resharding that stopped in the middle: MOVED there and back again. It ends with an error, and can be repeated."""
     target, key = target_of(nodes.url), KEYS[0]

@@ -119,6 +119,24 @@ def test_each_bucket_is_told_when_its_rows_are_confirmed(url: str) -> None:
     assert measures.to_pylist()[0]["applied"] == 5
 
 
+def test_the_buckets_of_a_task_share_a_connection_and_what_it_tells(url: str, client: redis.Redis) -> None:
+    """Of rows that are there already the first bucket shows it; the others are looked up at once."""
+    target, confirmed = target_of(url), Told()
+    keys = [b"%d" % number for number in range(8_000)]
+    bucket = pa.array([number // 1_000 for number in range(8_000)], pa.int32())
+    rows = batch(keys, n=range(8_000)).append_column("_bucket", bucket)
+    list(executor.publish_rows(iter([rows]), target))
+    client.config_resetstat()
+    (measures,) = executor.publish_rows(iter([rows]), target, confirmed)
+    assert [(number, counts["equal"]) for number, counts in confirmed.value] == [(number, 1_000) for number in range(8)]
+    assert measures.to_pylist()[0]["equal"] == 8_000
+    server: dict[str, Any] = client.info("stats")  # type: ignore[assignment]
+    assert server["total_connections_received"] == 1
+    calls = calls_of(client)
+    assert calls["evalsha"] <= 2
+    assert calls["mget"] - calls["evalsha"] == 14
+
+
 def test_files_are_published_newest_row_first_to_last(
     url: str, client: redis.Redis, place: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
