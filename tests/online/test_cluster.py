@@ -346,14 +346,14 @@ def test_slots_may_move_while_rows_are_written_and_read(nodes: Cluster) -> None:
 
 def test_rows_that_are_there_may_be_looked_up_while_slots_move(nodes: Cluster) -> None:
     """A look follows ASK and TRYAGAIN as a write does: a row is found wherever it is, and none is written again."""
-    target, rows = target_of(nodes.url), batch(KEYS[:3_000], n=range(3_000))
+    target, rows = target_of(nodes.url), batch(KEYS, n=range(6_000))
     write_batches(iter([rows]), target)
     tags = [codec.slot_of(b"%d" % tag) for tag in range(codec.ONLINE_SLOTS)]
-    with Resharding(nodes, [slot for slot in sorted(tags) if slot <= 5460][:20]) as resharding:
+    with Resharding(nodes, [slot for slot in sorted(tags) if slot <= 5460][:60]) as resharding:
         while resharding.is_alive():
             counts = write_batches(iter([rows]), target, distinct=True)
-            assert (counts.equal, counts.rows) == (3_000, 3_000)
-    assert resharding.moved == 20
+            assert (counts.equal, counts.rows) == (6_000, 6_000)
+    assert resharding.moved == 60
     stats: Any = nodes.masters[0].client.info("commandstats")
     assert stats["cmdstat_mget"]["calls"] > 100
     assert {kind: refusals(nodes, kind) > 0 for kind in ("ASK", "TRYAGAIN")} == {"ASK": True, "TRYAGAIN": True}
