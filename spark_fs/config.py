@@ -68,7 +68,10 @@ class OnlineConfig(_Section):
     """The online store."""
 
     url: str = Setting(
-        "embedded", repr=False, description="'embedded', redis://host:port/0 or rediss://user:${PASSWORD}@host:port/0"
+        "embedded",
+        repr=False,
+        description="'embedded', redis://host:port/0, redis+sentinel://host:port,host:port/service/0 or "
+        "redis+cluster://host:port,host:port; rediss instead of redis for TLS, user:${PASSWORD}@ before the hosts",
     )
     password_file: str | None = Setting(
         None,
@@ -77,6 +80,9 @@ class OnlineConfig(_Section):
     )
     port: int = Setting(0, ge=0, le=65535, description="port of the embedded server; 0 takes a free one")
     timeout_seconds: float = Setting(5.0, gt=0, description="longest wait for an answer of the server")
+    wait_replicas: int = Setting(
+        0, ge=0, description="at its end a task waits, up to two seconds, for so many replicas to have its rows; 0: for none"
+    )
 
     @model_validator(mode="after")
     def _one_password(self) -> OnlineConfig:

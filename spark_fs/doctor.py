@@ -327,11 +327,11 @@ def clock(online_url: str | None) -> Check:
 def _server_seconds(url: str | None) -> float | None:
     if url is None:
         return None
-    from spark_fs.online.connect import open_client, redis_errors
+    from spark_fs.online.connect import masters, open_client, redis_errors
 
     try:
         with redis_errors(), open_client(url, socket_timeout_seconds=_TIMEOUT_SECONDS) as client:
-            reply: Any = client.time()
+            reply: Any = masters(client)[0].time()
     except SparkFSError:
         return None
     seconds, micros = reply

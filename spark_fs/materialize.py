@@ -261,14 +261,15 @@ class _Run:
         gone = there.where(F.col("event_timestamp").isNull()).select("_key")
         none, _ = _run(gone, partial(executor.bury_rows, target=target))
         self.withdrawn += older.applied + older.expired + none.applied
-        self.counts += WriteCounts(fenced=older.fenced + none.fenced, bytes=older.bytes + none.bytes)
+        both = older + none
+        self.counts += WriteCounts(fenced=both.fenced, bytes=both.bytes, replicas=both.replicas)
 
     def bury_extra(self) -> None:
         """Put tombstones in the place of rows that no published row of the table stands for."""
         published = newest_rows(self._table.view, self._rows(self._todo.version, self._todo.intervals))
         counts, _ = _run(extra_keys(published, self.target), partial(executor.bury_rows, target=self._restating()))
         self.withdrawn += counts.applied
-        self.counts += WriteCounts(fenced=counts.fenced, bytes=counts.bytes)
+        self.counts += WriteCounts(fenced=counts.fenced, bytes=counts.bytes, replicas=counts.replicas)
 
     def _restating(self, *, restates: bool = False) -> OnlineTarget:
         """The target of rows that may replace newer ones, all of what was written before.
@@ -337,11 +338,12 @@ def extra_keys(published: DataFrame, target: OnlineTarget) -> DataFrame:
 
 def _run(frame: DataFrame, work: Callable[..., Iterator[Any]]) -> tuple[WriteCounts, int]:
     """Let the executors do the work; the sums of what they report, which is that of the task attempts that succeeded."""
-    measures = executor.MEASURES
-    parts = frame.mapInArrow(work, ", ".join(f"{name} bigint" for name in measures))
-    totals = parts.agg(*(F.coalesce(F.sum(name), F.lit(0)).alias(name) for name in measures)).first()
+    *summed, least = executor.MEASURES
+    parts = frame.mapInArrow(work, ", ".join(f"{name} bigint" for name in executor.MEASURES))
+    sums = (F.coalesce(F.sum(name), F.lit(0)).alias(name) for name in summed)
+    totals = parts.agg(*sums, F.min(least).alias(least)).first()
     assert totals is not None  # an aggregate without groups has one row
-    return WriteCounts(**{name: totals[name] for name in COUNTS}), totals["rows_read"]
+    return WriteCounts(**{name: totals[name] for name in (*COUNTS, least)}), totals["rows_read"]
 
 
 def newest_rows(view: ViewSpec, rows: DataFrame, lost: DataFrame | None = None) -> DataFrame:

@@ -401,7 +401,9 @@ class FeatureStore:
     def _target(self, view: ViewSpec) -> OnlineTarget:
         from spark_fs.online.redis_store import OnlineTarget
 
-        return OnlineTarget.of(self.online_url(), view, socket_timeout_seconds=self.environment.config.online.timeout_seconds)
+        online = self.environment.config.online
+        target = OnlineTarget.of(self.online_url(), view, socket_timeout_seconds=online.timeout_seconds)
+        return replace(target, wait_replicas=online.wait_replicas)
 
     def _build_missing(self, view: ViewSpec, interval: Interval) -> None:
         """Build all up to the interval's end if no build has covered some of the interval."""

@@ -30,6 +30,7 @@ from __future__ import annotations
 import hashlib
 import struct
 import zlib
+from binascii import crc_hqx
 from collections.abc import Callable, Sequence
 from datetime import date, datetime, timedelta
 from decimal import Context, Decimal
@@ -113,6 +114,16 @@ def key_prefix(view: ViewSpec) -> bytes:
 def redis_key(prefix: bytes, key: bytes) -> bytes:
     """The Redis key of an entity: prefix, tag in braces, key bytes."""
     return b"%b{%d}:%b" % (prefix, zlib.crc32(key) % ONLINE_SLOTS, key)
+
+
+def tag_of(name: bytes) -> bytes:
+    """The tag of a Redis key that ``redis_key`` has made, without its braces."""
+    return name[name.index(b"{") + 1 : name.index(b"}")]
+
+
+def slot_of(tag: bytes) -> int:
+    """The slot of a Redis cluster that keys with this tag lie in."""
+    return crc_hqx(tag, 0) % 16384
 
 
 def key_bytes(values: Sequence[Any], keys: Sequence[Column]) -> bytes:

@@ -9,7 +9,8 @@ from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
 from spark_fs.online.codec import HEADER, SIGN_BIT, Decoder, key_digest, read_header, redis_key, schema_id
-from spark_fs.online.connect import open_client, redis_errors, row_pattern
+from spark_fs.online.connect import masters, open_client, redis_errors, scanned
+from spark_fs.online.lookup import stored_values
 from spark_fs.online.redis_store import OnlineTarget
 
 if TYPE_CHECKING:
@@ -54,7 +55,7 @@ def compare_rows(
             findings: list[tuple[Any, ...]] = []
             for start in range(0, len(keys), _CALL_KEYS):
                 part = slice(start, start + _CALL_KEYS)
-                stored: Any = client.mget([redis_key(target.prefix, key) for key in keys[part]])
+                stored = stored_values(client, [redis_key(target.prefix, key) for key in keys[part]])
                 for key, wanted, found in zip(keys[part], expected[part], stored, strict=True):
                     findings += [(feature, status, 1, key, *shown) for feature, status, *shown in judge(wanted, found, counts)]
             if findings:
@@ -72,20 +73,17 @@ def stored_keys(batches: Iterator[pa.RecordBatch], target: OnlineTarget) -> Iter
     for _ in batches:
         pass
     with redis_errors(), open_client(target.url, socket_timeout_seconds=target.socket_timeout_seconds) as client:
-        cursor = 0
-        while True:
-            found: Any = client.scan(cursor, match=row_pattern(target.prefix), count=5_000)
-            cursor, names = found
-            lengths = client.pipeline(transaction=False)
-            for name in names:
-                lengths.strlen(name)
-            rows = [name for name, length in zip(names, lengths.execute(), strict=True) if length != HEADER.size]
-            # After the prefix comes the tag in braces, then a colon.
-            keys = [name[len(target.prefix) :].partition(b"}:")[2] for name in rows]
-            erased = [bool(target.erased) and key_digest(target.prefix, key) in target.erased for key in keys]
-            yield pa.RecordBatch.from_pydict({"_key": pa.array(keys, pa.binary()), "_erased": pa.array(erased, pa.bool_())})
-            if cursor == 0:
-                return
+        for server in masters(client):
+            for names in scanned(server, target.prefix):
+                lengths = server.pipeline(transaction=False)
+                for name in names:
+                    lengths.strlen(name)
+                rows = [name for name, length in zip(names, lengths.execute(), strict=True) if length != HEADER.size]
+                # After the prefix comes the tag in braces, then a colon.
+                keys = [name[len(target.prefix) :].partition(b"}:")[2] for name in rows]
+                erased = [bool(target.erased) and key_digest(target.prefix, key) in target.erased for key in keys]
+                columns = {"_key": pa.array(keys, pa.binary()), "_erased": pa.array(erased, pa.bool_())}
+                yield pa.RecordBatch.from_pydict(columns)
 
 
 def _judge(target: OnlineTarget, restated: frozenset[int], now_us: int) -> Callable[..., list[tuple[Any, ...]]]:

@@ -29,6 +29,18 @@ def slices(batch: pa.RecordBatch, size_bytes: int) -> Iterator[pa.RecordBatch]:
         yield batch.slice(start, rows)
 
 
+def gathered(batches: Iterator[pa.RecordBatch], size_bytes: int) -> Iterator[pa.RecordBatch]:
+    """The same rows in batches of at least so many bytes, but for the last one."""
+    waiting: list[pa.RecordBatch] = []
+    for batch in batches:
+        waiting.append(batch)
+        if sum(part.nbytes for part in waiting) >= size_bytes:
+            yield from pa.Table.from_batches(waiting).combine_chunks().to_batches()
+            waiting = []
+    if waiting:
+        yield from pa.Table.from_batches(waiting).combine_chunks().to_batches()
+
+
 def without(batch: pa.RecordBatch, erased: frozenset[bytes], prefix: bytes) -> pa.RecordBatch:
     """The batch without the rows whose key has one of these digests (``codec.key_digest`` with this prefix)."""
     if not erased:

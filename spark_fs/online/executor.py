@@ -18,8 +18,8 @@ if TYPE_CHECKING:
 
 #: Rows of a data file in memory at a time.
 BATCH_ROWS = 64 * 1024
-#: What these functions yield as their one row.
-MEASURES = (*COUNTS, "rows_read")
+#: What these functions yield as their one row: sums, and last the least number of replicas, null where it was not asked.
+MEASURES = (*COUNTS, "rows_read", "replicas")
 
 
 def publish_rows(batches: Iterator[pa.RecordBatch], target: OnlineTarget) -> Iterator[pa.RecordBatch]:
@@ -59,8 +59,8 @@ def publish_files(
 def _measures(counts: WriteCounts, rows_read: int) -> pa.RecordBatch:
     import pyarrow as pa
 
-    values = {name: getattr(counts, name) for name in COUNTS}
-    return pa.RecordBatch.from_pylist([{**values, "rows_read": rows_read}])
+    values = {**{name: getattr(counts, name) for name in COUNTS}, "rows_read": rows_read, "replicas": counts.replicas}
+    return pa.RecordBatch.from_pylist([values], pa.schema([(name, pa.int64()) for name in MEASURES]))
 
 
 def _rows_within(
