@@ -41,9 +41,25 @@ def make_pool(url: str, socket_timeout_seconds: float, retry: Retry) -> redis.Co
     if address.mode == STANDALONE:
         return redis.ConnectionPool(**options)
     known = {**_options(address.sentinel_options, socket_timeout_seconds, Retry(NoBackoff(), 0)), **_tls(address)}
-    sentinels = _SENTINEL(address.hosts, sentinel_kwargs=known)
+    sentinels = (_TlsSentinels if address.tls else _SENTINEL)(address.hosts, sentinel_kwargs=known)
     pool: redis.ConnectionPool = _SENTINEL_POOL(address.service, sentinels, **options, **_tls(address))
     return pool
+
+
+class _TlsSentinels(_SENTINEL):  # type: ignore[misc]  # redis-py leaves it untyped
+    """Sentinels of which it is told why they are not trusted; redis-py keeps no more than the kind of each error."""
+
+    def discover_master(self, service_name: str) -> Any:
+        try:
+            return super().discover_master(service_name)
+        except redis.sentinel.MasterNotFoundError:
+            for sentinel in self.sentinels:
+                try:
+                    sentinel.ping()
+                except redis.RedisError as error:
+                    if isinstance(translate(error), InvalidError):
+                        raise error from None
+            raise
 
 
 def node_pool(address: Address, host: str, port: int, socket_timeout_seconds: float, retry: Retry) -> redis.ConnectionPool:
@@ -75,7 +91,9 @@ def masters(client: Client) -> list[redis.Redis]:
 def _open_cluster(address: Address, socket_timeout_seconds: float) -> redis.RedisCluster:
     options = _options(address.options, socket_timeout_seconds, _retry())
     retry = options.pop("retry")
-    options.pop("redis_connect_func", None)  # of a cluster's client it comes too late, and would log in twice
+    # A cluster's client calls it too late to hear what a server says of our certificate, and would log in twice.
+    if options.pop("redis_connect_func", None):
+        _refuse_untrusted(address, socket_timeout_seconds)
     nodes = [_NODE(host, port) for host, port in address.hosts]
     try:
         # While some slots have no master, the others are served.
@@ -85,6 +103,21 @@ def _open_cluster(address: Address, socket_timeout_seconds: float) -> redis.Redi
         if "not enabled" in f"{error}{cause}":
             raise no_cluster() from None
         raise cause if isinstance(cause, redis.RedisError) else redis.ConnectionError(str(error)) from None
+
+
+def _refuse_untrusted(address: Address, socket_timeout_seconds: float) -> None:
+    """Raise what is wrong with TLS to the first node that is there."""
+    for host, port in address.hosts:
+        # Any: redis-py leaves its methods untyped
+        connection: Any = node_pool(address, host, port, socket_timeout_seconds, Retry(NoBackoff(), 0)).make_connection()
+        try:
+            connection.connect()
+            return
+        except redis.RedisError as error:
+            if isinstance(translate(error), InvalidError):
+                raise
+        finally:
+            connection.disconnect()
 
 
 def no_cluster() -> SparkFSError:

@@ -159,7 +159,7 @@ def test_a_missing_function_is_told(writer: str, client: redis.Redis) -> None:
     client.acl_setuser("w", enabled=True, commands=["-fcall"])
     with pytest.raises(InvalidError, match=r"SFS-630.*'fcall'.*spark-fs online acl"):
         write_batches(iter([batch([b"a"], n=[1])]), target_of(writer))
-    assert time.monotonic() - began < 2
+    assert time.monotonic() - began < 4
     assert client.dbsize() == 0
 
 
@@ -416,7 +416,8 @@ def test_the_users_of_a_cluster(tmp_path: Path) -> None:
             assert piped(f"redis://:{PASSWORD}@127.0.0.1:{node.port}/0", text)[1:] == ["OK", "OK"]
             node.client.config_resetstat()
         hosts = nodes.url.rpartition("@")[2]
-        url, keys = f"redis+cluster://w:one@{hosts}", [b"%d" % i for i in range(300)]
+        (tmp_path / "password").write_text("one")
+        url, keys = f"redis+cluster://w@{hosts}?password_file={tmp_path / 'password'}", [b"%d" % i for i in range(300)]
         target, rows = target_of(url), batch(keys, n=range(300))
         assert check_server(url).mode == "cluster"
         assert write_batches(iter([rows]), target, distinct=True).applied == 300
