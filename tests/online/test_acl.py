@@ -329,6 +329,16 @@ def test_the_reader_can_change_nothing(reader: str, client: redis.Redis, command
     assert client.get("flights:a") == b"there"
 
 
+def test_keys_of_the_reader_are_for_reading_only(reader: str, client: redis.Redis) -> None:
+    """A command that writes, granted by mistake, finds no key that it may write."""
+    client.set("flights:a", "there")
+    client.acl_setuser("r", enabled=True, commands=["+set", "+get"])
+    with redis.Redis.from_url(reader) as user:
+        assert user.get("flights:a") == b"there"
+        with pytest.raises(redis.exceptions.NoPermissionError):
+            user.set("flights:a", "x")
+
+
 def test_the_reader_reads(writer: str, reader: str) -> None:
     """Serving needs the reader's permissions only, also for more keys than one command takes."""
     view = view_of()
