@@ -8,7 +8,6 @@ its generation keeps out whatever began before it.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import timedelta
@@ -22,7 +21,7 @@ from spark_fs.online import codec, pace
 from spark_fs.online.calls import CALL_BYTES, CALL_ROWS, Call, Manner, bulk
 from spark_fs.online.codec import ONLINE_SLOTS, key_prefix, shown_key, slot_of
 from spark_fs.online.links import open_links
-from spark_fs.online.script import FUNCTION
+from spark_fs.online.script import forbids_scripts, lacks_function, no_function
 from spark_fs.spec import Column, ViewSpec
 
 if TYPE_CHECKING:
@@ -231,10 +230,10 @@ class Writer:
             # The text of the script loads it again; only this call went unserved.
             return replace(call, manner=Manner.BY_TEXT)
         if isinstance(reply, redis.RedisError):
-            if _forbids_scripts(reply):
+            if forbids_scripts(reply):
                 self._by_function = True
                 return call
-            raise _no_function(reply) if _lacks_function(reply) else reply
+            raise no_function(reply) if lacks_function(reply) else reply
         if call.manner is Manner.INSERT:
             if not reply:
                 if self._manner is Manner.INSERT:
@@ -306,25 +305,6 @@ class Writer:
             why="Nothing of this call was written.",
             fix="give spark_fs a database or a project name of its own, or delete the key",
         )
-
-
-def _forbids_scripts(error: redis.RedisError) -> bool:
-    """Whether the login may run neither EVALSHA nor EVAL. All servers name the command in quotes."""
-    return isinstance(error, redis.exceptions.NoPermissionError) and re.search("'eval(sha)?'", str(error)) is not None
-
-
-def _lacks_function(error: redis.RedisError) -> bool:
-    """Whether FCALL was refused: not allowed, not known to a server before 7.0, or no such function."""
-    return isinstance(error, redis.ResponseError) and re.search("(?i)['`]fcall['`]|^Function not found", str(error)) is not None
-
-
-def _no_function(error: redis.RedisError) -> SparkFSError:
-    return InvalidError.of(
-        "SFS-630",
-        f"The login of the online store may not run scripts, and cannot call the function {FUNCTION.decode()} either.",
-        why=f"The server said: {error}.",
-        fix="let an administrator run what spark-fs online acl prints (--redis 6.2 where the server is older than 7.0)",
-    )
 
 
 # ---- rows → calls

@@ -1,4 +1,4 @@
-"""The guarded write, as Redis runs it: rows are written where they are newer than what is there.
+"""The guarded write, as it runs in the server: a Lua script, and the same text as a function.
 
 Keys and values of ``codec``; two more arguments: the ttl in milliseconds or nothing, and ``1`` to restate. It answers how many
 rows were applied, equal, stale, expired and fenced, or the place of the first key that holds something else.
@@ -7,8 +7,12 @@ rows were applied, equal, stale, expired and fenced, or the place of the first k
 from __future__ import annotations
 
 import hashlib
+import re
 from datetime import timedelta
 
+import redis
+
+from spark_fs.errors import InvalidError, SparkFSError
 from spark_fs.online import codec
 
 # Times and builds are compared as five unsigned 32-bit words: doubles are exact there, and text compare would follow the
@@ -94,6 +98,33 @@ end
 return {applied, equal, stale, expired, fenced}
 """.replace(b"%GRAVE_MS%", b"%d" % (codec.GRAVE // timedelta(milliseconds=1)))
 DIGEST = hashlib.sha1(SCRIPT, usedforsecurity=False).hexdigest().encode()
-#: The same text as a function, for logins that may not run scripts (``acl.library``). Another text has another name, so
+#: The same text as a function, for logins that may not run scripts (``library``). Another text has another name, so
 #: that two versions of spark_fs can use one server.
 FUNCTION = b"spark_fs_write_%b" % DIGEST[:8]
+
+
+def library() -> str:
+    """The text of the Redis library with the guarded write as its only function, the script's own text inside."""
+    name = FUNCTION.decode()
+    library_name, body = name.replace("_write", ""), SCRIPT.decode()
+    return f"#!lua name={library_name}\nredis.register_function('{name}', function(KEYS, ARGV)\n{body}end)\n"
+
+
+def forbids_scripts(error: redis.RedisError) -> bool:
+    """Whether the login may run neither EVALSHA nor EVAL. All servers name the command in quotes."""
+    return isinstance(error, redis.exceptions.NoPermissionError) and re.search("'eval(sha)?'", str(error)) is not None
+
+
+def lacks_function(error: redis.RedisError) -> bool:
+    """Whether FCALL was refused: not allowed, not known to a server before 7.0, or no such function."""
+    return isinstance(error, redis.ResponseError) and re.search("(?i)['`]fcall['`]|^Function not found", str(error)) is not None
+
+
+def no_function(error: redis.RedisError) -> SparkFSError:
+    """What is said where neither the script nor the function can be called."""
+    return InvalidError.of(
+        "SFS-630",
+        f"The login of the online store may not run scripts, and cannot call the function {FUNCTION.decode()} either.",
+        why=f"The server said: {error}.",
+        fix="let an administrator run what spark-fs online acl prints (--redis 6.2 where the server is older than 7.0)",
+    )
