@@ -79,6 +79,20 @@ def test_all_tasks_together_keep_to_the_budget(folder: Path, spark: SparkSession
         assert client.info("commandstats")["cmdstat_msetnx"]["calls"] >= USERS / 100  # type: ignore[index]
 
 
+def test_each_bucket_is_noted_where_a_task_has_several(folder: Path, spark: SparkSession) -> None:
+    """Of data files read in place, and of rows that were shuffled: tasks are fewer than buckets, and tell of each."""
+    store, how = opened(folder, spark), {"max_rows_per_second": 2 * USERS}
+    start = END - timedelta(days=30)
+    store.materialize(start, END - timedelta(days=1), **how)
+    put(folder, END - timedelta(hours=2))
+    store.materialize(start, END, everything=True, **how)
+    for run in [run for run in store.registry.runs() if run["kind"] == "materialize"]:
+        (published,) = store.run(run["run_id"])[1]
+        assert sorted({bucket["bucket"] for bucket in published["buckets"]}) == list(range(8))
+        fresh = [bucket for bucket in published["buckets"] if bucket["step"] == "fresh"]
+        assert sum(bucket["applied"] + bucket["equal"] for bucket in fresh) == USERS
+
+
 def test_the_setting_is_the_budget_of_all_runs_and_may_be_lifted(folder: Path, spark: SparkSession) -> None:
     """``online.max_rows_per_second`` holds where a run names none; 0 is no limit."""
     store = opened(folder, spark, "online:\n  max_rows_per_second: 1000\n")
