@@ -13,10 +13,10 @@ FIND_PYTHON = for name in $(CANDIDATES); do command -v $$name >/dev/null \
 # Looked for when first used, and once only.
 PYTHON ?= $(eval PYTHON := $(shell $(FIND_PYTHON)))$(PYTHON)
 
-.PHONY: help venv setup demo test test-faults check lint types test-fast bench bench-asof clean
+.PHONY: help venv setup demo test test-faults check lint types test-fast bench bench-online bench-asof clean
 
 help: ## List the targets (this text)
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 venv: .venv/.installed ## Create .venv with the package and all its extras
 
@@ -46,6 +46,9 @@ test-fast: .venv/.installed ## Run the tests that need no JVM
 
 bench: setup ## Run the benchmarks
 	@$(BIN)/python -m benchmarks
+
+bench-online: setup ## Run those of the online store: minutes; ARGS="--only read" runs one part
+	@$(BIN)/python -m benchmarks.bench_online $(ARGS)
 
 bench-asof: setup ## Run all workloads of the as-of join: hours, 40 GB; ARGS="--only medium" runs one
 	@$(BIN)/python -m benchmarks.bench_asof $(ARGS)

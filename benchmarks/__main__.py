@@ -8,7 +8,7 @@ from __future__ import annotations
 import subprocess
 import sys
 
-BENCHMARKS = (("bench_startup",), ("bench_materialize",), ("bench_asof", "--only", "medium"))
+BENCHMARKS = (("bench_startup",), ("bench_online",), ("bench_asof", "--only", "medium"))
 
 
 def main() -> int:

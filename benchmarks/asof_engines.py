@@ -166,15 +166,10 @@ class Spark:
         return {"rows_written": view.source.rows}
 
     def renew_workers(self) -> None:
-        """End the idle Python workers, so that the next run's memory is its own. The JVM starts others."""
-        import psutil  # type: ignore[import-untyped]  # it publishes no types
+        """End the idle Python workers, so that the next run's memory is its own."""
+        from benchmarks.processes import renew_workers
 
-        pythons = [each for each in psutil.Process().children(recursive=True) if "python" in each.name()]
-        daemons = {each.pid for each in pythons}
-        workers = [each for each in pythons if each.ppid() in daemons]  # forked from a daemon that the JVM has started
-        for worker in workers:
-            worker.terminate()
-        psutil.wait_procs(workers, timeout=10)
+        renew_workers()
 
     def before(self) -> None:
         """Begin the counting of one run."""

@@ -11,13 +11,14 @@ from spark_fs.submit import job_arguments
 
 def main(arguments: list[str]) -> int:
     """Run the job; the exit code of the command."""
-    options = job_arguments(__doc__, arguments, many=("view",))
+    options = job_arguments(__doc__, arguments, names=("max-rows-per-second",), many=("view",))
 
     def act() -> ExitCode:
         store = FeatureStore(options.repo, options.env)
         store.check_online()  # before Spark takes its seconds to start
+        budget = None if options.max_rows_per_second is None else int(options.max_rows_per_second)
         with console.progress(store.spark):
-            results, error = console.results_of(lambda: store.repair(options.view))
+            results, error = console.results_of(lambda: store.repair(options.view, max_rows_per_second=budget))
         rows = [result.to_json() for result in results]
         console.report(rows, error, options.output, title="Repaired", empty="Nothing was published yet.")
         return ExitCode.OK

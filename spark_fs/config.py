@@ -80,6 +80,7 @@ class OnlineConfig(_Section):
     )
     port: int = Setting(0, ge=0, le=65535, description="port of the embedded server; 0 takes a free one")
     timeout_seconds: float = Setting(5.0, gt=0, description="longest wait for an answer of the server")
+    max_rows_per_second: int = Setting(0, ge=0, description="write budget of a run, so that reads stay fast; 0: none")
     wait_replicas: int = Setting(
         0, ge=0, description="at its end a task waits, up to two seconds, for so many replicas to have its rows; 0: for none"
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from functools import partial, reduce
 from operator import and_, or_
 from typing import Any
@@ -11,10 +12,11 @@ from pyspark.sql import Column as SparkColumn
 from pyspark.sql import DataFrame, Observation, Window
 from pyspark.sql import functions as F
 
-from spark_fs.files import check_readable
 from spark_fs.intervals import Interval, to_micros
 from spark_fs.offline.compute import key_bytes, quoted, within
-from spark_fs.offline.tables import FeatureTable, bucket_of_file, observed
+from spark_fs.offline.layout import read_layout
+from spark_fs.offline.table_log import Commit, can_be_read_in_place, files_are_sorted
+from spark_fs.offline.tables import FeatureTable, observed
 from spark_fs.online import compare, executor
 from spark_fs.online.redis_store import COUNTS, OnlineTarget, WriteCounts
 from spark_fs.spec import ViewSpec
@@ -28,37 +30,44 @@ def within_any(intervals: Sequence[Interval]) -> SparkColumn:
     return reduce(or_, map(within, intervals))
 
 
-def opens_without_spark(path: str) -> bool:
-    """Whether Python workers can open files at this place."""
-    try:
-        check_readable(path)
-    except (OSError, ValueError, NotImplementedError):
-        return False
-    return True
+def files_in_place(
+    table: FeatureTable, version: int, log: Sequence[Commit], interval: Interval
+) -> list[tuple[str, int]] | None:
+    """The data files with rows of the interval, and their buckets, if each can be read by itself; else None. Starts no job.
+
+    That is where all are known to be sorted and each bucket has one of them, so that no two share a key: the rows of one
+    build, or of all after an upkeep. There may be others, with rows outside the interval only. ``log``: the commits up to the
+    version, newest first.
+    """
+    if not log or not (can_be_read_in_place(log) or files_are_sorted(log)):
+        return None
+    _, layout, _ = read_layout(table.path, version)
+    if layout is None:
+        return None
+    files = [(file.path, file.bucket) for file in layout.touching(interval)]
+    return files if len({bucket for _, bucket in files}) == len(files) else None
 
 
 def publish_files(
     table: FeatureTable,
-    version: int,
+    files: Sequence[tuple[str, int]],
     target: OnlineTarget,
     interval: Interval,
     confirmed: Any = None,
     done: Sequence[int] = (),
 ) -> tuple[WriteCounts, int]:
-    """Publish each data file where it lies: no rows pass through the JVM and none are shuffled. Counts and rows read.
+    """Publish data files where they lie: no rows pass through the JVM and none are shuffled. Counts and rows read.
 
-    Only for tables of which ``can_be_read_in_place`` is true, at places that can be opened without Spark. ``confirmed`` is
-    told each bucket that is written (see ``executor.Confirmed``); those in ``done`` are left out.
+    The files are those of ``files_in_place``. ``confirmed`` is told each bucket that is written (see ``executor.Confirmed``);
+    those in ``done`` are left out.
     """
-    files = [(file, bucket_of_file(file)) for file in table.data_files(version)]
-    files = [(file, bucket) for file, bucket in files if bucket not in done]
+    files = tuple((file, bucket) for file, bucket in files if bucket not in done)
     if not files:
         return WriteCounts(), 0
-    named = table.spark.createDataFrame(files, "file string, _bucket int").repartition(len(files))
     start_us, end_us = to_micros(interval.start), to_micros(interval.end)
-    keys = table.view.keys
-    work = partial(executor.publish_files, target=target, keys=keys, start_us=start_us, end_us=end_us, confirmed=confirmed)
-    return run_tasks(named, work)
+    how = {"files": files, "keys": table.view.keys, "start_us": start_us, "end_us": end_us, "confirmed": confirmed}
+    numbers = table.spark.range(0, len(files), 1, len(files))
+    return run_tasks(numbers, partial(executor.publish_files, **how), target, most_tasks=len(files))
 
 
 def publish_rows(
@@ -71,7 +80,7 @@ def publish_rows(
     rows = rows.where(~F.col("_bucket").isin(*done)) if done else rows
     read, all_rows = Observation(), [F.count(F.lit(1)).alias("rows")]
     newest = newest_rows(view, rows.observe(read, *all_rows))
-    counts, _ = run_tasks(newest, partial(executor.publish_rows, target=target, confirmed=confirmed))
+    counts, _ = run_tasks(newest, partial(executor.publish_rows, confirmed=confirmed), target)
     return counts, int(observed(read, rows, all_rows)["rows"])
 
 
@@ -84,14 +93,25 @@ def extra_keys(published: DataFrame, target: OnlineTarget) -> DataFrame:
     return unknown.unionByName(stored.where("_erased")).select("_key")
 
 
-def run_tasks(frame: DataFrame, work: Callable[..., Iterator[Any]]) -> tuple[WriteCounts, int]:
-    """Let the executors do the work; the sums of what they report, which is that of the task attempts that succeeded."""
+def run_tasks(
+    frame: DataFrame, work: Callable[..., Iterator[Any]], target: OnlineTarget, *, most_tasks: int | None = None
+) -> tuple[WriteCounts, int]:
+    """Let the executors do the work; the sums of what they report, which is that of the task attempts that succeeded.
+
+    ``most_tasks``: of how many tasks at most it is known that the frame has them.
+    """
+    if target.max_rows_per_second:
+        # Each task gets the same share, so there must not be more of them than shares, however many cores Spark has or gets.
+        cores = frame.sparkSession.sparkContext.defaultParallelism
+        tasks = min(cores, most_tasks or cores)
+        frame, target = frame.coalesce(tasks), replace(target, max_rows_per_second=target.max_rows_per_second / tasks)
     *summed, least = executor.MEASURES
-    parts = frame.mapInArrow(work, ", ".join(f"{name} bigint" for name in executor.MEASURES))
-    sums = (F.coalesce(F.sum(name), F.lit(0)).alias(name) for name in summed)
-    totals = parts.agg(*sums, F.min(least).alias(least)).first()
-    assert totals is not None  # an aggregate without groups has one row
-    return WriteCounts(**{name: totals[name] for name in (*COUNTS, least)}), totals["rows_read"]
+    # One row for each task, added up here: an aggregate in Spark would cost a stage of its own.
+    schema = ", ".join(f"{name} bigint" for name in executor.MEASURES)
+    parts = frame.mapInArrow(partial(work, target=target), schema).collect()
+    totals = {name: sum(part[name] for part in parts) for name in summed}
+    replicas = min((part[least] for part in parts if part[least] is not None), default=None)
+    return WriteCounts(**{name: totals[name] for name in COUNTS}, replicas=replicas), totals["rows_read"]
 
 
 def newest_rows(view: ViewSpec, rows: DataFrame) -> DataFrame:

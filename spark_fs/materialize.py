@@ -13,7 +13,7 @@ import uuid
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, replace
-from functools import partial, reduce
+from functools import reduce
 from operator import add
 from typing import Any, cast
 
@@ -22,8 +22,8 @@ from pyspark.sql import functions as F
 
 from spark_fs.dispatch import (
     extra_keys,
+    files_in_place,
     newest_rows,
-    opens_without_spark,
     publish_files,
     publish_rows,
     rows_left,
@@ -34,7 +34,7 @@ from spark_fs.errors import ConflictError, SparkFSError
 from spark_fs.intervals import Interval, text
 from spark_fs.ledger import Intent, Part, Published
 from spark_fs.offline.changes import changes
-from spark_fs.offline.table_log import Commit, can_be_read_in_place
+from spark_fs.offline.table_log import Commit
 from spark_fs.offline.tables import FeatureTable, is_version_gone, observed
 from spark_fs.online import executor
 from spark_fs.online.connect import has_token, leave_token, serving
@@ -227,7 +227,7 @@ class _Run:
             closed.append(intent_id)
         attempt = _Attempt(self._registry, self._table, todo, target, known, self._totals, intent_id, done)
         with suppress(_OvertakenError):
-            attempt.run(request, behind, in_place=bool(log) and can_be_read_in_place(log))
+            attempt.run(request, behind, log)
         if attempt.overtaken:
             return False
         if not self._has_mark(mark):
@@ -319,23 +319,26 @@ class _Attempt:
         #: Whether others came in between, so that nothing may be noted.
         self.overtaken = False
 
-    def run(self, request: Request, behind: Publication | None, *, in_place: bool) -> None:
-        """Write all that there is to write. ``behind``: what was written, perhaps, of an older version and never noted."""
+    def run(self, request: Request, behind: Publication | None, log: Sequence[Commit]) -> None:
+        """Write all that there is to write. ``behind``: what was written, perhaps, of an older version and never noted.
+
+        ``log``: the table's commits up to the version to publish.
+        """
         if behind:
             self._withdraw_what_is_gone(behind.version, behind.touched)
         if request.repair:
-            self._offer_fresh(in_place=in_place, restate=False, repair=True)
+            self._offer_fresh(log, restate=False, repair=True)
             self._bury_extra()
         else:
             # What is restated comes last: it is to stay.
             self._offer_changes()
-            self._offer_fresh(in_place=in_place, restate=request.restate, repair=False)
+            self._offer_fresh(log, restate=request.restate, repair=False)
 
     def _add(self, counts: WriteCounts, rows_read: int = 0) -> None:
         self.overtaken = self.overtaken or counts.fenced > 0
         self._totals.add(counts, rows_read)
 
-    def _offer_fresh(self, *, in_place: bool, restate: bool, repair: bool) -> None:
+    def _offer_fresh(self, log: Sequence[Commit], *, restate: bool, repair: bool) -> None:
         """Offer all rows of the fresh intervals; a restatement or a repair lets them win over newer ones."""
         todo, target = self._todo, self._target
         if not todo.fresh:
@@ -343,9 +346,10 @@ class _Attempt:
         check_room(self._table, todo.version, todo.fresh, target)
         if restate or repair:
             target = self._restating(restates=restate)
+        files = files_in_place(self._table, todo.version, log, todo.fresh[0]) if len(todo.fresh) == 1 else None
         with self._confirming("fresh", target) as (confirmed, done):
-            if in_place and len(todo.fresh) == 1 and opens_without_spark(self._table.path):
-                self._add(*publish_files(self._table, todo.version, target, todo.fresh[0], confirmed, done))
+            if files is not None:
+                self._add(*publish_files(self._table, files, target, todo.fresh[0], confirmed, done))
             else:
                 rows = self._rows(todo.version, todo.fresh)
                 self._add(*publish_rows(self._table.view, rows, target, confirmed, done))
@@ -404,11 +408,10 @@ class _Attempt:
         """
         todo, view, target = self._todo, self._table.view, self._restating()
         there = rows_left(view, self._rows(todo.version, todo.intervals), changed.where("_lost"))
-        written = [run_tasks(there.where("_left = 'older'"), partial(executor.publish_rows, target=target))[0]]
-        written.append(run_tasks(there.where("_left = 'none'").select("_key"), partial(executor.bury_rows, target=target))[0])
+        written = [run_tasks(there.where("_left = 'older'"), executor.publish_rows, target)[0]]
+        written.append(run_tasks(there.where("_left = 'none'").select("_key"), executor.bury_rows, target)[0])
         if self._registry.restated(view):
-            newer = partial(executor.publish_in_place_of_lost, target=target)
-            written.append(run_tasks(there.where("_left = 'newer'"), newer)[0])
+            written.append(run_tasks(there.where("_left = 'newer'"), executor.publish_in_place_of_lost, target)[0])
         all_ = reduce(add, written)
         self._totals.withdrawn += all_.applied + all_.expired
         self._add(WriteCounts(fenced=all_.fenced, bytes=all_.bytes, replicas=all_.replicas))
@@ -416,7 +419,7 @@ class _Attempt:
     def _bury_extra(self) -> None:
         """Put tombstones in the place of rows that no published row of the table stands for."""
         published = newest_rows(self._table.view, self._rows(self._todo.version, self._todo.intervals))
-        counts, _ = run_tasks(extra_keys(published, self._target), partial(executor.bury_rows, target=self._restating()))
+        counts, _ = run_tasks(extra_keys(published, self._target), executor.bury_rows, self._restating())
         self._totals.withdrawn += counts.applied
         self._add(WriteCounts(fenced=counts.fenced, bytes=counts.bytes, replicas=counts.replicas))
 

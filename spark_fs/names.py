@@ -2,11 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import time
+from collections.abc import Callable, Iterable, Sequence
+from typing import TYPE_CHECKING
 
-from spark_fs.errors import InvalidError, did_you_mean
+from spark_fs.errors import InvalidError, Problem, did_you_mean
 from spark_fs.registry import State
 from spark_fs.spec import Selection, ServiceSpec, ViewSpec, merge_selections, select
+
+if TYPE_CHECKING:
+    from spark_fs.definitions import FeatureService
+
+#: So old may the definitions be by which an online request is answered: asking the registry takes longer than to answer it.
+RECENT_SECONDS = 1.0
+#: Of more different requests in that time none is remembered.
+_MOST_REQUESTS = 1_000
 
 
 def parse_reference(reference: str) -> tuple[str, int | None]:
@@ -52,6 +62,49 @@ def service_selections(state: State, service: ServiceSpec) -> list[Selection]:
         select(state.require_view(item.view, item.version), item.features, item.alias, item.join_key_map)
         for item in service.views
     )
+
+
+def resolve(state: State, features: Sequence[str] | str | FeatureService) -> list[Selection]:
+    """The views and features that a request names; InvalidError with every name that is not known."""
+    if not isinstance(features, str) and not isinstance(features, Sequence):
+        features = features.name
+    if isinstance(features, str):
+        return service_selections(state, state.require_service(features))
+    selections: list[Selection] = []
+    problems: list[Problem] = []
+    for reference in features:
+        try:
+            selections.append(feature_selection(state, reference))
+        except InvalidError as error:
+            problems += error.problems
+    if problems:
+        raise InvalidError(*problems)
+    return merge_selections(selections)
+
+
+class RecentRequests:
+    """Remembers for ``RECENT_SECONDS`` what requests have been resolved to; threads may share it."""
+
+    def __init__(self, resolve: Callable[[Sequence[str] | str | FeatureService], list[Selection]]) -> None:
+        self._resolve = resolve
+        self._found: dict[str | tuple[str, ...], tuple[float, list[Selection]]] = {}
+
+    def resolve(self, features: Sequence[str] | str | FeatureService) -> list[Selection]:
+        """As ``resolve``; within the time the very same selections again."""
+        now = time.monotonic()
+        name = features if isinstance(features, str) else tuple(features) if isinstance(features, Sequence) else features.name
+        known = self._found.get(name)
+        if known is not None and now - known[0] < RECENT_SECONDS:
+            return known[1]
+        selections = self._resolve(features)
+        if len(self._found) >= _MOST_REQUESTS:
+            self._found.clear()
+        self._found[name] = now, selections
+        return selections
+
+    def forget(self) -> None:
+        """Resolve all requests anew."""
+        self._found.clear()
 
 
 def refuse_in_use(state: State, spec: ViewSpec) -> None:

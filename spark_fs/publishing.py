@@ -17,12 +17,25 @@ if TYPE_CHECKING:
     from spark_fs.types import ValueType
 
 
+budget_option = click.option(
+    "--max-rows-per-second",
+    type=click.IntRange(min=0),
+    help="Write at most so many rows a second, and fewer while the server is slow; 0: no limit.  "
+    "[default: online.max_rows_per_second]",
+)
+
+
+def _budget(max_rows_per_second: int | None) -> list[str]:
+    return [] if max_rows_per_second is None else ["--max-rows-per-second", str(max_rows_per_second)]
+
+
 @click.command()
 @click.argument("start")
 @click.argument("end")
 @click.option("--view", multiple=True, help="Only this feature view; may be repeated.")
 @click.option("--restate", is_flag=True, help="Let these values replace newer ones.")
 @click.option("--all", "everything", is_flag=True, help="Send also what was published before and has not changed.")
+@budget_option
 @submitted
 @click.pass_context
 def materialize(
@@ -32,6 +45,7 @@ def materialize(
     view: tuple[str, ...],
     restate: bool,
     everything: bool,
+    max_rows_per_second: int | None,
     output: str,
     print_only: bool,
 ) -> None:
@@ -42,24 +56,31 @@ def materialize(
                spark-fs materialize 2013-01-01 2013-07-01 --view weather --restate
     """
     arguments = ["--start", start, "--end", end, *repeated("view", view)]
-    arguments += [*(["--restate"] if restate else []), *(["--everything"] if everything else [])]
+    arguments += [*(["--restate"] if restate else []), *(["--everything"] if everything else []), *_budget(max_rows_per_second)]
     submit_job(context, "materialize", arguments, output, print_only=print_only)
 
 
 @click.command("materialize-incremental")
 @click.argument("end", required=False)
 @click.option("--view", multiple=True, help="Only this feature view; may be repeated.")
+@budget_option
 @submitted
 @click.pass_context
 def materialize_incremental(
-    context: click.Context, end: str | None, view: tuple[str, ...], output: str, print_only: bool
+    context: click.Context,
+    end: str | None,
+    view: tuple[str, ...],
+    max_rows_per_second: int | None,
+    output: str,
+    print_only: bool,
 ) -> None:
     r"""Publish what builds have added, corrected or removed since the last run, however old, up to END (default: now).
 
     \b
-    Example:  spark-fs materialize-incremental
+    Examples:  spark-fs materialize-incremental
+               spark-fs materialize-incremental --max-rows-per-second 20000
     """
-    arguments = repeated("end", [end] if end else []) + repeated("view", view)
+    arguments = repeated("end", [end] if end else []) + repeated("view", view) + _budget(max_rows_per_second)
     submit_job(context, "materialize", arguments, output, print_only=print_only)
 
 
@@ -147,9 +168,12 @@ def audit(
 
 @click.command()
 @click.argument("views", nargs=-1)
+@budget_option
 @submitted
 @click.pass_context
-def repair(context: click.Context, views: tuple[str, ...], output: str, print_only: bool) -> None:
+def repair(
+    context: click.Context, views: tuple[str, ...], max_rows_per_second: int | None, output: str, print_only: bool
+) -> None:
     r"""Write all that was published to the online store again, whatever is there; all views, or these VIEWS.
 
     For a server that has lost data, and after an audit that has found faults.
@@ -157,7 +181,7 @@ def repair(context: click.Context, views: tuple[str, ...], output: str, print_on
     \b
     Example:  spark-fs repair weather
     """
-    submit_job(context, "repair", repeated("view", views), output, print_only=print_only)
+    submit_job(context, "repair", repeated("view", views) + _budget(max_rows_per_second), output, print_only=print_only)
 
 
 @click.command()

@@ -13,21 +13,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from spark_fs.config import MOST_BUCKETS, is_bucket_count, load_environment
-from spark_fs.errors import (
-    InterruptedRunError,
-    InvalidError,
-    PartlyDoneError,
-    Problem,
-    SparkFSError,
-    summary,
-    translate,
-)
+from spark_fs.errors import InterruptedRunError, InvalidError, PartlyDoneError, SparkFSError, summary, translate
 from spark_fs.intervals import BEGINNING, Interval, missing
-from spark_fs.names import choose_views, feature_selection, parse_reference, refuse_in_use, service_selections
+from spark_fs.names import RecentRequests, choose_views, parse_reference, refuse_in_use, resolve
 from spark_fs.plan import Plan, apply_plan, make_plan
 from spark_fs.registry import Registry
 from spark_fs.repo import Repository, load
-from spark_fs.spec import Selection, ViewSpec, merge_selections
+from spark_fs.spec import Selection, ViewSpec
 
 if TYPE_CHECKING:
     import pandas
@@ -88,6 +80,7 @@ class FeatureStore:
         """Carry out a plan (default: a new one) and return it. ConflictError if the registry has moved since it was made."""
         plan = plan or self.plan()
         apply_plan(plan, self.registry)
+        self._requests.forget()
         return plan
 
     # Feature tables.
@@ -197,19 +190,21 @@ class FeatureStore:
         *,
         restate: bool = False,
         everything: bool = False,
+        max_rows_per_second: int | None = None,
     ) -> list[MaterializeResult]:
         """Publish the newest row of each key with an event time in ``[start, end)``; builds what is missing of it first.
 
         What was published before is not sent again, except where it has changed since, or with ``everything``. ``restate``
         lets each key with a row in the interval serve the newest of those, also in the place of a newer one.
+        ``max_rows_per_second`` (None: as ``online.max_rows_per_second``; 0: no limit) keeps reads fast meanwhile.
         """
-        return self._materialize(_interval(start, end), views, restate=restate, everything=everything)
+        return self._materialize(_interval(start, end), views, max_rows_per_second, restate=restate, everything=everything)
 
     def materialize_incremental(
-        self, end: datetime | None = None, views: Iterable[str] | None = None
+        self, end: datetime | None = None, views: Iterable[str] | None = None, *, max_rows_per_second: int | None = None
     ) -> list[MaterializeResult]:
         """Publish what is new since the last run, up to ``end`` (exclusive; default: now); builds first."""
-        return self._materialize(_interval(BEGINNING, end or datetime.now(timezone.utc)), views)
+        return self._materialize(_interval(BEGINNING, end or datetime.now(timezone.utc)), views, max_rows_per_second)
 
     def audit(self, views: Iterable[str] | None = None, *, sample: int | None = None) -> list[AuditResult]:
         """Compare every value online, or those of ``sample`` keys a view, with what was published; changes nothing online.
@@ -225,10 +220,11 @@ class FeatureStore:
 
         return self._each_online("audit", views, audit_one)
 
-    def repair(self, views: Iterable[str] | None = None) -> list[MaterializeResult]:
+    def repair(self, views: Iterable[str] | None = None, *, max_rows_per_second: int | None = None) -> list[MaterializeResult]:
         """Write all that was published again, in the place of whatever is online, and remove what should not be there.
 
         Values that were restated on purpose become the newest again. Views that were never published are passed over.
+        ``max_rows_per_second`` as for ``materialize``.
         """
         from spark_fs.materialize import materialize_view
 
@@ -238,7 +234,7 @@ class FeatureStore:
                 if known is None:
                     return []
                 whole = Interval(known.intervals[0].start, known.intervals[-1].end)
-                table, target = self._offline.table(view), self._target(view)
+                table, target = self._offline.table(view), self._target(view, max_rows_per_second)
                 return [materialize_view(self.registry, table, target, whole, repair=True, run_id=run_id)]
 
         return self._each_online("repair", views, repair_one)
@@ -267,26 +263,15 @@ class FeatureStore:
         *,
         full_feature_names: bool = False,
     ) -> OnlineResponse:
-        """The newest published values for each entity row, in one round trip; never starts Spark."""
-        return self._reader.read(self.resolve_features(features), entity_rows, full_feature_names=full_feature_names)
+        """The newest published values for each entity row, in one round trip; never starts Spark.
+
+        What others apply meanwhile is seen after a second at the latest, what this store applies at once.
+        """
+        return self._reader.read(self._requests.resolve(features), entity_rows, full_feature_names=full_feature_names)
 
     def resolve_features(self, features: Sequence[str] | str | FeatureService) -> list[Selection]:
         """The views and features that a request names; InvalidError with every name that is not known."""
-        state = self.registry.state()
-        if not isinstance(features, str) and not isinstance(features, Sequence):
-            features = features.name
-        if isinstance(features, str):
-            return service_selections(state, state.require_service(features))
-        selections: list[Selection] = []
-        problems: list[Problem] = []
-        for reference in features:
-            try:
-                selections.append(feature_selection(state, reference))
-            except InvalidError as error:
-                problems += error.problems
-        if problems:
-            raise InvalidError(*problems)
-        return merge_selections(selections)
+        return resolve(self.registry.state(), features)
 
     def online_url(self) -> str:
         """The online store's address; starts the embedded server if that is what the environment uses."""
@@ -330,6 +315,10 @@ class FeatureStore:
         from spark_fs.online.read import OnlineReader
 
         return OnlineReader(self.online_url(), socket_timeout_seconds=self.environment.config.online.timeout_seconds)
+
+    @cached_property
+    def _requests(self) -> RecentRequests:
+        return RecentRequests(self.resolve_features)
 
     @cached_property
     def _offline(self) -> OfflineStore:
@@ -401,16 +390,14 @@ class FeatureStore:
         self.registry.finish_run(run_id, "done", {"results": [result.to_json() for result in done]})
 
     def _materialize(
-        self, interval: Interval, views: Iterable[str] | None, *, restate: bool = False, everything: bool = False
+        self, interval: Interval, views: Iterable[str] | None, budget: int | None, **how: bool
     ) -> list[MaterializeResult]:
         from spark_fs.materialize import materialize_view
-
-        how = {"restate": restate, "everything": everything}
 
         def publish(view: ViewSpec, run_id: str) -> list[MaterializeResult]:
             with self._lease(view, run_id):
                 self._build_missing(view, interval)
-                table, target = self._offline.table(view), self._target(view)
+                table, target = self._offline.table(view), self._target(view, budget)
                 return [materialize_view(self.registry, table, target, interval, run_id=run_id, **how)]
 
         return self._each_online("materialize", views, publish)
@@ -424,11 +411,13 @@ class FeatureStore:
     def _lease(self, view: ViewSpec, run_id: str) -> AbstractContextManager[None]:
         return self.registry.ledger.held(view, run_id, self.environment.config.online.lease_wait_seconds)
 
-    def _target(self, view: ViewSpec) -> OnlineTarget:
+    def _target(self, view: ViewSpec, max_rows_per_second: int | None = None) -> OnlineTarget:
         from spark_fs.online.redis_store import OnlineTarget
 
         online = self.environment.config.online
-        target = OnlineTarget.of(self.online_url(), view, socket_timeout_seconds=online.timeout_seconds)
+        budget = online.max_rows_per_second if max_rows_per_second is None else max_rows_per_second
+        url, timeout = self.online_url(), online.timeout_seconds
+        target = OnlineTarget.of(url, view, socket_timeout_seconds=timeout, max_rows_per_second=budget)
         return replace(target, wait_replicas=online.wait_replicas)
 
     def _build_missing(self, view: ViewSpec, interval: Interval) -> None:

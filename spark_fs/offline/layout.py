@@ -86,6 +86,21 @@ def read_layout(path: str, version: int | None = None) -> tuple[int | None, Layo
         return found, None, f"files by {scheme}:// cannot be opened without Spark: {_on_one_line(error)}"
 
 
+def read_history(path: str) -> list[dict[str, Any]] | None:
+    """What made each version of the table at ``path``, newest first, as Delta's log has it; None where only Spark can read it.
+
+    Each entry has at least ``version`` and ``operation``. Some milliseconds, where Spark takes a job.
+    """
+    from deltalake import DeltaTable
+    from deltalake.exceptions import DeltaError
+
+    try:
+        entries = DeltaTable(path).history()
+    except (DeltaError, OSError, ValueError, NotImplementedError):
+        return None
+    return entries if all(entry.get("operation") and "version" in entry for entry in entries) else None
+
+
 def _on_one_line(error: BaseException) -> str:
     """What delta-rs says in a tree of lines, in colours: the causes, outermost first."""
     lines = (line.strip(" ↳\t") for line in _COLOURS.sub("", str(error)).splitlines())

@@ -19,7 +19,7 @@ from spark_fs.errors import ConflictError, SparkFSError, translated
 from spark_fs.intervals import BEGINNING, Interval, text
 from spark_fs.offline.bucket_files import SUMMARY, BucketWriter
 from spark_fs.offline.compute import bucket_of, quoted, row_hash, settle, within
-from spark_fs.offline.layout import DataFile, Layout, read_layout
+from spark_fs.offline.layout import DataFile, Layout, read_history, read_layout
 from spark_fs.offline.sources import table_version, version_of
 from spark_fs.offline.table_log import Commit, Rewrite, parse_commit
 from spark_fs.offline.transaction import Transaction
@@ -110,7 +110,18 @@ class FeatureTable:
         return table_version(self.spark, self.path)
 
     def commits(self) -> list[Commit]:
-        """The commits in the table's log, newest first."""
+        """The commits in the table's log, newest first. Starts a Spark job only where the log cannot be read without Spark."""
+        entries = read_history(self.path)
+        if entries is not None:
+            return [
+                parse_commit(
+                    entry["version"],
+                    entry["operation"],
+                    _copied_rows(entry.get("operationMetrics") or {}),
+                    entry.get("userMetadata"),
+                )
+                for entry in entries
+            ]
         history = DeltaTable.forPath(self.spark, self.path).history()
         measured = F.col("operationMetrics")
         # Delta leaves the number out where it wrote nothing at all.
@@ -303,6 +314,14 @@ def bucket_of_file(file: str) -> int:
 def is_version_gone(error: BaseException) -> bool:
     """Whether an older version of a table could not be read, for its log or its files were cleaned up."""
     return any(mark in str(error) for mark in _GONE)
+
+
+def _copied_rows(metrics: Mapping[str, str]) -> int | None:
+    """What Delta's own writer took over from older files; None where it is not known."""
+    # Delta leaves the number out where it wrote nothing at all.
+    if str(metrics.get("numFiles")) == "0":
+        return 0
+    return int(metrics["numCopiedRows"]) if "numCopiedRows" in metrics else None
 
 
 def _as_bytes(spark: SparkSession, setting: str) -> int:

@@ -32,6 +32,7 @@ import struct
 import zlib
 from binascii import crc_hqx
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from datetime import date, datetime, timedelta
 from decimal import Context, Decimal
 from operator import index, itemgetter
@@ -47,6 +48,8 @@ ONLINE_SLOTS = 1024
 #: Added to a signed time so that its bytes order like its value.
 SIGN_BIT = 1 << 63
 HEADER = struct.Struct(">IQQII")
+#: Of a header only the event time, as ``HEADER`` has it, and the schema id.
+TIME_AND_SCHEMA = struct.Struct(">4xQ12xI")
 #: How long a tombstone keeps out writers that began before it.
 GRAVE = timedelta(days=7)
 #: The generation of what no writer may replace.
@@ -143,6 +146,17 @@ def shown_key(key: bytes) -> str:
     return text if len(text) <= 80 else f"{text[:80]}…"
 
 
+def redis_keys(prefix: bytes, tags: Sequence[int | None], keys: Sequence[bytes | None]) -> list[bytes | None]:
+    """The Redis keys of many entities, by ``key_tags``; None for None."""
+    heads = {tag: b"%b{%d}:" % (prefix, tag) for tag in {*tags} if tag is not None}
+    return [None if key is None or tag is None else heads[tag] + key for tag, key in zip(tags, keys, strict=True)]
+
+
+def key_tags(keys: Sequence[bytes | None]) -> list[int | None]:
+    """The hash tags of key bytes; None for None."""
+    return [None if key is None else zlib.crc32(key) % ONLINE_SLOTS for key in keys]
+
+
 def tag_of(name: bytes) -> bytes:
     """The tag of a Redis key that ``redis_key`` has made, without its braces."""
     return name[name.index(b"{") + 1 : name.index(b"}")]
@@ -164,6 +178,16 @@ def key_bytes(values: Sequence[Any], keys: Sequence[Column]) -> bytes:
     if len(texts) == 1:
         return texts[0]
     return b"".join(b"%d:%b" % (len(text), text) for text in texts)
+
+
+def key_bytes_of_columns(columns: Sequence[Sequence[Any]], rows: int, keys: Sequence[Column]) -> list[bytes | None]:
+    """``key_bytes`` of so many entities, given by the columns of their join keys; None where a join key is null."""
+    if len(keys) == 1:
+        text = _KEY_TEXTS[keys[0].type.name]
+        with suppress(TypeError, ValueError):  # one by one it is told which
+            return [None if value is None else text(value) for value in columns[0]]
+    entities = zip(*columns, strict=True) if keys else [()] * rows
+    return [None if None in entity else key_bytes(entity, keys) for entity in entities]
 
 
 def _key_text(value: Any, key: Column) -> bytes:
@@ -262,11 +286,17 @@ class Decoder:
         self._ends = slot
         self._layout = struct.Struct("".join([*codes, "I" * len(variable)]))
         self._bytes_start = HEADER.size + self._layout.size
+        #: A whole value, where all of them have the same size; and where it has each wanted feature.
+        self._whole = None if variable else struct.Struct(f"<{HEADER.size}x{self._layout.format[1:]}")
+        self._picked, self._no_nulls = picked, bytes(bitmap_bytes(len(features)))
         # Slot 0, the null bitmap, twice: itemgetter gives a tuple for two items and more only.
         self._pick = itemgetter(0, 0, *picked)
 
     def decode(self, value: bytes) -> list[Any]:
-        """The wanted features of one value, in the order they were asked for. The header is not looked at."""
+        """The wanted features of one value, in the order they were asked for. The header is not looked at.
+
+        Of many values ``decode_all`` gives the same, as columns, in less time.
+        """
         slots = self._layout.unpack_from(value, HEADER.size)
         row: list[Any]
         bitmap, _, *row = self._pick(slots)
@@ -282,6 +312,25 @@ class Decoder:
                 if nulls & bit:
                     row[place] = None
         return row
+
+    def decode_all(self, values: Sequence[bytes]) -> list[list[Any]]:
+        """For each wanted feature a list of its values, in the order of ``values``. The headers are not looked at."""
+        whole = self._whole
+        if whole is None or not values or {*map(len, values)} != {whole.size}:
+            rows = [self.decode(value) for value in values]
+            return [list(column) for column in zip(*rows, strict=True)] if rows else [[] for _ in self._picked]
+        slots = list(zip(*whole.iter_unpack(b"".join(values)), strict=True))
+        columns = [list(slots[slot]) for slot in self._picked]
+        for place, convert in self._converted:
+            columns[place] = [convert(raw) for raw in columns[place]]
+        bitmaps = slots[0]
+        if bitmaps.count(self._no_nulls) < len(bitmaps):
+            for row, bitmap in enumerate(bitmaps):
+                nulls = int.from_bytes(bitmap, "little")
+                for bit, place in self._bits if nulls else ():
+                    if nulls & bit:
+                        columns[place][row] = None
+        return columns
 
 
 def _converter(kind: ValueType) -> Callable[[Any], Any] | None:

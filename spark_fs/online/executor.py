@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from spark_fs.online.codec import HEADER, read_header, redis_key
 from spark_fs.online.connect import open_client, redis_errors
-from spark_fs.online.redis_store import COUNTS, OnlineTarget, WriteCounts, bury_batches, write_batches
+from spark_fs.online.redis_store import COUNTS, OnlineTarget, WriteCounts, Writer, bury_batches
 from spark_fs.spec import Column
 
 if TYPE_CHECKING:
@@ -51,11 +51,12 @@ def publish_rows(batches: Iterator[pa.RecordBatch], target: OnlineTarget, confir
     ``confirmed`` is an accumulator of ``Confirmed``, told of each bucket where rows have a ``_bucket``, those of one together.
     """
     total = WriteCounts()
-    with redis_errors():
+    with redis_errors(), Writer(target, distinct=True) as writer:
         for bucket, rows in groupby(_by_bucket(batches), itemgetter(0)):
-            counts = write_batches((batch for _, batch in rows), target, distinct=True)
+            counts = writer.write(batch for _, batch in rows)
             total += counts
             _tell(confirmed, bucket, counts)
+        total += writer.await_replicas()
     yield _measures(total, total.rows)
 
 
@@ -110,26 +111,30 @@ def bury_rows(batches: Iterator[pa.RecordBatch], target: OnlineTarget) -> Iterat
 def publish_files(
     batches: Iterator[pa.RecordBatch],
     target: OnlineTarget,
+    files: Sequence[tuple[str, int]],
     keys: Sequence[Column],
     start_us: int,
     end_us: int,
     confirmed: Any = None,
 ) -> Iterator[pa.RecordBatch]:
-    """Write the newest row of each key with an event time in ``[start_us, end_us)`` from the files named in ``file``.
+    """Write the newest row of each key with an event time in ``[start_us, end_us)`` from the files of the numbers in ``id``.
 
-    ``_bucket`` is the file's; ``confirmed`` is told of it (see ``publish_rows``).
-
-    The files are Parquet, at URIs or absolute paths. In each the rows of a key must stand together, newest last, and no two
-    may share a key (``tables.can_be_read_in_place``). Memory is bounded by ``BATCH_ROWS``. Yields one row of ``MEASURES``.
+    ``files`` are all there are, each with its bucket, of which ``confirmed`` is told (see ``publish_rows``). They are Parquet,
+    at URIs or absolute paths. In each the rows of a key must stand together, newest last, and no two may share a key
+    (``dispatch.files_in_place``). Memory is bounded by ``BATCH_ROWS``. Yields one row of ``MEASURES``.
     """
     read, total = [0], WriteCounts()
-    with redis_errors():
+    names = [key.name for key in keys]
+    with redis_errors(), Writer(target, distinct=True) as writer:
         for batch in batches:
-            for file, bucket in zip(*(batch.column(name).to_pylist() for name in ("file", "_bucket")), strict=True):
-                rows = _newest(_rows_within(file, target, keys, start_us, end_us, read))
-                counts = write_batches(rows, target, distinct=True)
+            for number in batch.column("id").to_pylist():
+                file, bucket = files[number]
+                newest = _newest(_rows_within(file, target, keys, start_us, end_us, read), names)
+                # Key bytes of the newest rows only: of long histories that is a small part.
+                counts = writer.write(_with_key(rows, target, keys) for rows in newest)
                 total += counts
                 _tell(confirmed, bucket, counts)
+        total += writer.await_replicas()
     yield _measures(total, read[0])
 
 
@@ -143,7 +148,7 @@ def _measures(counts: WriteCounts, rows_read: int) -> pa.RecordBatch:
 def _rows_within(
     file: str, target: OnlineTarget, keys: Sequence[Column], start_us: int, end_us: int, read: list[int]
 ) -> Iterator[pa.RecordBatch]:
-    """The file's rows of the interval, in its order, with their key bytes; adds their number to ``read``."""
+    """The file's rows of the interval, in its order, in batches of at least one; adds their number to ``read``."""
     import pyarrow as pa
     import pyarrow.compute as pc
     import pyarrow.parquet as pq
@@ -154,11 +159,12 @@ def _rows_within(
     start, end = (pa.scalar(micros, pa.int64()).cast(pa.timestamp("us", tz="UTC")) for micros in (start_us, end_us))
     with open_file(file) as stream:
         parquet = pq.ParquetFile(stream)
-        for whole in parquet.iter_batches(BATCH_ROWS, columns=_columns(target, keys)):
-            event = whole.column(EVENT)
-            batch = whole.filter(pc.and_(pc.greater_equal(event, start), pc.less(event, end)))
-            read[0] += batch.num_rows
-            yield _with_key(batch, target, keys)
+        for batch in parquet.iter_batches(BATCH_ROWS, columns=_columns(target, keys)):
+            event = batch.column(EVENT)
+            within = _filtered(batch, pc.and_(pc.greater_equal(event, start), pc.less(event, end)))
+            if within.num_rows:
+                read[0] += within.num_rows
+                yield within
 
 
 def first_rows(file: str, target: OnlineTarget, keys: Sequence[Column], most: int) -> pa.RecordBatch | None:
@@ -181,6 +187,7 @@ def _columns(target: OnlineTarget, keys: Sequence[Column]) -> list[str]:
 
 
 def _values(target: OnlineTarget) -> list[str]:
+    """The columns of a data file that make the stored value."""
     from spark_fs.online.encode import BUILD, CREATED, EVENT
 
     return [EVENT, CREATED, BUILD, *(feature.name for feature in target.features)]
@@ -198,21 +205,35 @@ def _with_key(batch: pa.RecordBatch, target: OnlineTarget, keys: Sequence[Column
     return pa.RecordBatch.from_arrays([*columns, *(batch.column(name) for name in values)], names=[KEY, *values])
 
 
-def _newest(batches: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
-    """Of rows that follow each other with the same ``_key`` only the last, also across batches."""
+def _newest(batches: Iterator[pa.RecordBatch], names: Sequence[str]) -> Iterator[pa.RecordBatch]:
+    """Of rows that follow each other with equal keys (the columns ``names``) only the last, also across batches.
+
+    Keeps one batch back, for the next one may go on with its last key.
+    """
+    before: pa.RecordBatch | None = None
+    for batch in batches:
+        if before is not None:
+            yield _filtered(before, _ends_run(before, batch, names))
+        before = batch
+    if before is not None:
+        yield _filtered(before, _ends_run(before, None, names))
+
+
+def _ends_run(batch: pa.RecordBatch, after: pa.RecordBatch | None, names: Sequence[str]) -> pa.BooleanArray:
+    """Whether a row's keys are others than those of the next row; the last row's next is the first one of ``after``."""
+    import pyarrow as pa
     import pyarrow.compute as pc
 
-    from spark_fs.online.encode import KEY
+    ends = pa.array([False] * (batch.num_rows - 1), pa.bool_())
+    last = after is None
+    for name in names:
+        column = batch.column(name)
+        # A null is like nothing: such a row is let through, to be refused by name.
+        ends = pc.or_(ends, pc.not_equal(column.slice(0, len(column) - 1), column.slice(1)).fill_null(True))
+        last = last or (after is not None and column[-1] != after.column(name)[0])
+    return pa.concat_arrays([ends, pa.array([last], pa.bool_())])
 
-    pending: pa.RecordBatch | None = None  # the last row so far: the next batch may go on with its key
-    for batch in batches:
-        if batch.num_rows == 0:
-            continue
-        known = batch.column(KEY)
-        if pending is not None and pending.column(KEY)[0] != known[0]:
-            yield pending
-        ends_run = pc.not_equal(known.slice(0, len(known) - 1), known.slice(1))
-        yield batch.slice(0, batch.num_rows - 1).filter(ends_run)
-        pending = batch.slice(batch.num_rows - 1)
-    if pending is not None:
-        yield pending
+
+def _filtered(batch: pa.RecordBatch, mask: pa.BooleanArray) -> pa.RecordBatch:
+    """The rows where the mask is true; the batch itself, without a copy, where it is so for all."""
+    return batch if mask.true_count == len(mask) else batch.filter(mask)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import random
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from typing import Any, Protocol
 
@@ -54,11 +54,17 @@ class Call(Protocol):
         """A command that writes something of no meaning to the same slot."""
 
 
-#: What takes answers, also refusals that no waiting mends; it may give a call to be sent in the first one's place.
-Answered = Callable[[Any, Any], Call | None]
+class Sender(Protocol):
+    """Who has calls to send."""
+
+    def ready(self, call: Any) -> Any:
+        """The call as it is best sent by what is known now: asked when it leaves, after any wait."""
+
+    def answered(self, call: Any, reply: Any) -> Any:
+        """Take an answer, also a refusal that no waiting mends; may give a call to be sent in the first one's place."""
 
 
-def open_links(url: str, socket_timeout_seconds: float, answered: Answered, *, calls: int, tries: int) -> Links:
+def open_links(url: str, socket_timeout_seconds: float, sender: Sender, *, calls: int, tries: int) -> Links:
     """The connections for a write to this store; nothing is connected before the first call.
 
     At most ``calls`` calls are unanswered; of a cluster, whose calls are smaller, as many as make so many full ones, on each
@@ -67,10 +73,10 @@ def open_links(url: str, socket_timeout_seconds: float, answered: Answered, *, c
     """
     address = parse_address(url)
     if address.mode == CLUSTER:
-        return ClusterLinks(address, socket_timeout_seconds, answered, calls=calls)
+        return ClusterLinks(address, socket_timeout_seconds, sender, calls=calls)
     patience = _Patience(tries, None) if address.mode == STANDALONE else _Patience(None, connect.FAILOVER_SECONDS)
     pool = connect.make_pool(url, socket_timeout_seconds, Retry(NoBackoff(), 0))
-    return ServerLink(pool, answered, calls=calls, patience=patience)
+    return ServerLink(pool, sender, calls=calls, patience=patience)
 
 
 class _Patience:
@@ -102,11 +108,11 @@ class ServerLink:
 
     is_cluster = False
 
-    def __init__(self, pool: redis.ConnectionPool, answered: Answered, *, calls: int, patience: _Patience) -> None:
+    def __init__(self, pool: redis.ConnectionPool, sender: Sender, *, calls: int, patience: _Patience) -> None:
         # A pool of sentinels is kept, for its connections hold on to it weakly.
         self._pool = pool
         self._connection: Any = pool.make_connection()  # Any: redis-py leaves its methods untyped
-        self._answered, self._calls, self._patience = answered, calls, patience
+        self._sender, self._calls, self._patience = sender, calls, patience
         self._unanswered: deque[Call] = deque()
         self._last: Call | None = None
 
@@ -130,6 +136,7 @@ class ServerLink:
         self._connection.disconnect()
 
     def _transmit(self, call: Call) -> None:
+        call = self._sender.ready(call)
         self._unanswered.append(call)
         self._last = call
         try:
@@ -147,7 +154,7 @@ class ServerLink:
             reply = error
         call = self._unanswered.popleft()
         self._patience.renew()
-        again = self._answered(call, reply)
+        again = self._sender.answered(call, reply)
         if again is not None:
             self._transmit(again)
 
@@ -236,8 +243,8 @@ class ClusterLinks:
 
     is_cluster = True
 
-    def __init__(self, address: Address, socket_timeout_seconds: float, answered: Answered, *, calls: int) -> None:
-        self._address, self._timeout_seconds, self._answered, self._calls = address, socket_timeout_seconds, answered, calls
+    def __init__(self, address: Address, socket_timeout_seconds: float, sender: Sender, *, calls: int) -> None:
+        self._address, self._timeout_seconds, self._sender, self._calls = address, socket_timeout_seconds, sender, calls
         self._masters: dict[int, tuple[str, int]] = {}
         #: Who can be asked for the map: masters and replicas as last heard of, and those of the address.
         self._nodes: list[tuple[str, int]] = []
@@ -299,6 +306,7 @@ class ClusterLinks:
             if self._refusals != before:
                 self._waiting.append(sent)
                 return
+        sent.call = self._sender.ready(sent.call)
         try:
             link.transmit(sent)
         except redis.RedisError as error:
@@ -336,7 +344,7 @@ class ClusterLinks:
             self._map_is_old = True
             self._refuse(sent, reply)
         else:
-            again = self._answered(sent.call, reply)
+            again = self._sender.answered(sent.call, reply)
             if again is not None:
                 sent = _Sent(again)
                 sent.asked = asked

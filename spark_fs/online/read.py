@@ -7,7 +7,7 @@ import html
 import math
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import date, datetime, timedelta
 from decimal import Decimal
@@ -17,7 +17,18 @@ from typing import TYPE_CHECKING, Any
 
 from spark_fs.errors import InvalidError, Problem, did_you_mean
 from spark_fs.intervals import from_micros, text, to_micros
-from spark_fs.online.codec import HEADER, SIGN_BIT, Decoder, key_bytes, key_prefix, redis_key, schema_id
+from spark_fs.online.codec import (
+    HEADER,
+    SIGN_BIT,
+    TIME_AND_SCHEMA,
+    Decoder,
+    key_bytes,
+    key_bytes_of_columns,
+    key_prefix,
+    key_tags,
+    redis_keys,
+    schema_id,
+)
 from spark_fs.spec import Selection, ViewSpec, output_names, select
 
 if TYPE_CHECKING:
@@ -28,6 +39,8 @@ NULL_VALUE = "NULL_VALUE"
 NOT_FOUND = "NOT_FOUND"
 OUTSIDE_MAX_AGE = "OUTSIDE_MAX_AGE"
 
+#: More different selections than that are not remembered.
+_MOST_PLANS = 256
 #: Rows that a notebook shows.
 SHOWN_ROWS = 20
 
@@ -164,6 +177,8 @@ class OnlineReader:
     def __init__(self, url: str, *, socket_timeout_seconds: float = 5.0) -> None:
         from spark_fs.online import address, connect, lookup  # redis takes 0.2 s to import: not before a reader is made
 
+        #: By the identity of the selection, which its plan keeps alive; services read by the same selections again and again.
+        self._plans: dict[int, _Plan] = {}
         address.parse_address(url)
         self._errors, self._stored_values = connect.redis_errors, lookup.stored_values
         self._open = partial(connect.open_client, url, socket_timeout_seconds=socket_timeout_seconds)
@@ -202,16 +217,25 @@ class OnlineReader:
         columns, count = _columns(entity_rows)
         _require_keys(selections, columns)
         names = output_names(selections, full_feature_names=full_feature_names, taken=columns)
-        encoded: dict[Any, list[bytes | None]] = {}
-        wanted = [_wanted_keys(selection, columns, count, encoded) for selection in selections]
+        plans = [self._plan(selection) for selection in selections]
+        encoded: dict[Any, tuple[list[int | None], list[bytes | None]]] = {}
+        wanted = [_wanted_keys(plan, columns, count, encoded) for plan in plans]
         flat = [key for keys in wanted for key in keys if key is not None]
         values = iter(self._fetch(flat))
         now_us = time.time_ns() // 1000 if now is None else to_micros(now)
         features: dict[str, tuple[_Found, int]] = {}
-        for number, (selection, keys) in enumerate(zip(selections, wanted, strict=True)):
-            found = _interpret(selection, [None if key is None else next(values) for key in keys], now_us)
-            features |= {names[number, name]: (found, place) for place, name in enumerate(selection.features)}
+        for number, (plan, keys) in enumerate(zip(plans, wanted, strict=True)):
+            found = _interpret(plan, [None if key is None else next(values) for key in keys], now_us)
+            features |= {names[number, name]: (found, place) for place, name in enumerate(plan.selection.features)}
         return OnlineResponse(columns, features)
+
+    def _plan(self, selection: Selection) -> _Plan:
+        known = self._plans.get(id(selection))
+        if known is None or known.selection is not selection:
+            if len(self._plans) >= _MOST_PLANS:
+                self._plans.clear()
+            known = self._plans[id(selection)] = _Plan(selection)
+        return known
 
     def _fetch(self, keys: list[bytes]) -> list[bytes | None]:
         with self._errors():
@@ -265,38 +289,56 @@ def _require_keys(selections: Sequence[Selection], columns: Mapping[str, Any]) -
         )
 
 
+class _Plan:
+    """What is the same in every read of a selection."""
+
+    def __init__(self, selection: Selection) -> None:
+        view = selection.view
+        self.selection, self.keys, self.prefix = selection, view.keys, key_prefix(view)
+        self.spine_keys = selection.spine_keys
+        #: Views that agree on this have the same key bytes for the same entity rows.
+        self.key_identity = (self.spine_keys, tuple(key.type.name for key in view.keys))
+        self.decoder, self.schema_id = Decoder(view.features, selection.features), schema_id(view.features)
+        self.ttl_us = view.ttl // timedelta(microseconds=1) if view.ttl else None
+
+
 def _wanted_keys(
-    selection: Selection, columns: Mapping[str, list[Any]], count: int, encoded: dict[Any, list[bytes | None]]
+    plan: _Plan, columns: Mapping[str, list[Any]], count: int, encoded: dict[Any, tuple[list[int | None], list[bytes | None]]]
 ) -> list[bytes | None]:
     """The Redis key of each entity row, None where a join key is null. Views with equal keys share the encoded ones."""
-    view = selection.view
-    identity = (selection.spine_keys, tuple(key.type.name for key in view.keys))
-    if identity not in encoded:
-        rows = zip(*(columns[name] for name in selection.spine_keys), strict=True) if view.keys else [()] * count
-        encoded[identity] = [None if None in row else key_bytes(row, view.keys) for row in rows]
-    prefix = key_prefix(view)
-    return [None if key is None else redis_key(prefix, key) for key in encoded[identity]]
+    if plan.key_identity not in encoded:
+        keys = key_bytes_of_columns([columns[name] for name in plan.spine_keys], count, plan.keys)
+        encoded[plan.key_identity] = key_tags(keys), keys
+    return redis_keys(plan.prefix, *encoded[plan.key_identity])
 
 
-def _interpret(selection: Selection, values: Sequence[bytes | None], now_us: int) -> _Found:
+def _interpret(plan: _Plan, values: Sequence[bytes | None], now_us: int) -> _Found:
     """Stored values → states, event times and columns; a ttl older than the view's start of time keeps all."""
-    view = selection.view
-    decode: Callable[[bytes], list[Any]] = Decoder(view.features, selection.features).decode
-    header, schema = HEADER.unpack_from, schema_id(view.features)
-    oldest_us = now_us - view.ttl // timedelta(microseconds=1) if view.ttl else -SIGN_BIT
-    nothing = [None] * len(selection.features)
+    unpack, schema, size = TIME_AND_SCHEMA.unpack_from, plan.schema_id, HEADER.size
+    oldest_us = -SIGN_BIT if plan.ttl_us is None else now_us - plan.ttl_us
     states: list[str] = []
     event_us: list[int | None] = []
-    rows: list[list[Any]] = []
+    present: list[bytes] = []
     for value in values:
-        state, event, row = NOT_FOUND, None, nothing
-        if value is not None and len(value) >= HEADER.size:
-            _, biased, _, _, found_schema = header(value)
+        state, event = NOT_FOUND, None
+        if value is not None and len(value) >= size:
+            biased, found_schema = unpack(value)
             if found_schema == schema:
                 event = biased - SIGN_BIT
-                state, row = (PRESENT, decode(value)) if event >= oldest_us else (OUTSIDE_MAX_AGE, nothing)
+                if event >= oldest_us:
+                    state = PRESENT
+                    present.append(value)
+                else:
+                    state = OUTSIDE_MAX_AGE
         states.append(state)
         event_us.append(event)
-        rows.append(row)
-    columns = [list(column) for column in zip(*rows, strict=True)] if rows else [[] for _ in nothing]
+    columns = plan.decoder.decode_all(present)
+    if len(present) < len(values):
+        columns = [_spread(column, states) for column in columns]
     return _Found(states, event_us, columns)
+
+
+def _spread(column: Sequence[Any], states: Sequence[str]) -> list[Any]:
+    """The values, which are those of the rows that are PRESENT, with None for the other rows."""
+    values = iter(column)
+    return [next(values) if state is PRESENT else None for state in states]

@@ -1,4 +1,8 @@
-"""The guarded write, as it runs in the server: a Lua script, and the same text as a function."""
+"""The guarded write, as it runs in the server: a Lua script, and the same text as a function.
+
+Keys and values of ``codec``; two more arguments: the ttl in milliseconds or nothing, and ``1`` to restate. It answers how many
+rows were applied, equal, stale, expired and fenced, or the place of the first key that holds something else.
+"""
 
 from __future__ import annotations
 

@@ -19,6 +19,7 @@ import redis
 
 from spark_fs.errors import InvalidError, SparkFSError, translate
 from spark_fs.online import codec, connect, encode, redis_store
+from spark_fs.online.calls import Manner
 from spark_fs.online.compare import compare_rows, stored_keys
 from spark_fs.online.connect import check_server, delete_prefix, erase_keys, has_token, leave_token, reopen_keys
 from spark_fs.online.lookup import stored_values
@@ -90,7 +91,7 @@ def test_calls_are_of_one_slot_and_lose_no_row() -> None:
     rows = batch(KEYS, n=range(6_000))
     (together,) = encode.by_tag(iter([rows.slice(0, 4_000), rows.slice(4_000)]), 1 << 30)
     keys, values = encode.encode_keys(together), encode.encode_values(together, target.features, 1)
-    calls = list(redis_store._calls(keys, values, target, insert=False, tags=together.column(encode.TAG)))
+    calls = list(redis_store._calls(keys, values, target, lambda: Manner.BY_HASH, tags=together.column(encode.TAG)))
     for call in calls:
         slots = {codec.slot_of(codec.tag_of(name)) for name in call.names.to_pylist()}
         assert slots == {call.slot}
@@ -102,7 +103,7 @@ def test_calls_are_of_one_slot_and_lose_no_row() -> None:
     assert found == {key: n for n, key in enumerate(KEYS)}
     apart = [part.num_rows for part in encode.by_tag(iter([rows] * 3), rows.nbytes * 2)]
     assert apart == [12_000, 6_000]
-    plain = list(redis_store._calls(encode.encode_keys(rows), values, target, insert=False))
+    plain = list(redis_store._calls(encode.encode_keys(rows), values, target, lambda: Manner.BY_HASH))
     assert [key for call in plain for key in call.keys.to_pylist()] == KEYS
 
 
@@ -341,6 +342,21 @@ def test_slots_may_move_while_rows_are_written_and_read(nodes: Cluster) -> None:
     )
     assert watch.answers > 0
     assert watch.wrong == []
+
+
+def test_rows_that_are_there_may_be_looked_up_while_slots_move(nodes: Cluster) -> None:
+    """A look follows ASK and TRYAGAIN as a write does: a row is found wherever it is, and none is written again."""
+    target, rows = target_of(nodes.url), batch(KEYS, n=range(6_000))
+    write_batches(iter([rows]), target)
+    tags = [codec.slot_of(b"%d" % tag) for tag in range(codec.ONLINE_SLOTS)]
+    with Resharding(nodes, [slot for slot in sorted(tags) if slot <= 5460][:60]) as resharding:
+        while resharding.is_alive():
+            counts = write_batches(iter([rows]), target, distinct=True)
+            assert (counts.equal, counts.rows) == (6_000, 6_000)
+    assert resharding.moved == 60
+    stats: Any = nodes.masters[0].client.info("commandstats")
+    assert stats["cmdstat_mget"]["calls"] > 100
+    assert {kind: refusals(nodes, kind) > 0 for kind in ("ASK", "TRYAGAIN")} == {"ASK": True, "TRYAGAIN": True}
 
 
 def test_masters_that_send_a_call_to_each_other_are_given_up_in_time(nodes: Cluster, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -67,7 +67,7 @@ def test_of_each_run_the_last_row_stays_however_batches_are_cut(runs: list[tuple
     keys = [b"%d" % key for key, length in runs for _ in range(length)]
     rows = batch(keys, n=list(range(len(keys)))) if keys else None
     cut = [rows.slice(start, size) for start in range(0, len(keys), size)] if rows else []
-    kept = [n for piece in executor._newest(iter(cut)) for n in piece.column("n").to_pylist()]
+    kept = [n for piece in executor._newest(iter(cut), ["_key"]) for n in piece.column("n").to_pylist()]
     assert kept == [n for n, key in enumerate(keys) if n + 1 == len(keys) or keys[n + 1] != key]
 
 
@@ -119,6 +119,24 @@ def test_each_bucket_is_told_when_its_rows_are_confirmed(url: str) -> None:
     assert measures.to_pylist()[0]["applied"] == 5
 
 
+def test_the_buckets_of_a_task_share_a_connection_and_what_it_tells(url: str, client: redis.Redis) -> None:
+    """Of rows that are there already the first bucket shows it; the others are looked up at once."""
+    target, confirmed = target_of(url), Told()
+    keys = [b"%d" % number for number in range(8_000)]
+    bucket = pa.array([number // 1_000 for number in range(8_000)], pa.int32())
+    rows = batch(keys, n=range(8_000)).append_column("_bucket", bucket)
+    list(executor.publish_rows(iter([rows]), target))
+    client.config_resetstat()
+    (measures,) = executor.publish_rows(iter([rows]), target, confirmed)
+    assert [(number, counts["equal"]) for number, counts in confirmed.value] == [(number, 1_000) for number in range(8)]
+    assert measures.to_pylist()[0]["equal"] == 8_000
+    server: dict[str, Any] = client.info("stats")  # type: ignore[assignment]
+    assert server["total_connections_received"] == 1
+    calls = calls_of(client)
+    assert calls["evalsha"] <= 2
+    assert calls["mget"] - calls["evalsha"] == 14
+
+
 def test_files_are_published_newest_row_first_to_last(
     url: str, client: redis.Redis, place: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -129,10 +147,10 @@ def test_files_are_published_newest_row_first_to_last(
         write_file(f"{place}/c.parquet", [(3, NOON - HOUR, 30), (4, NOON + HOUR, 40)]),
     ]
     target = target_of(url, view_of(keys=[Column("id", Int64)]))
-    named = pa.RecordBatch.from_pydict({"file": files, "_bucket": [5, 7]})
-    confirmed = Told()
+    numbers, confirmed = pa.RecordBatch.from_pydict({"id": [0, 1]}), Told()
     bounds = {"start_us": to_micros(NOON), "end_us": to_micros(NOON + 3 * HOUR)}
-    (measures,) = executor.publish_files(iter([named]), target, [Column("id", Int64)], **bounds, confirmed=confirmed)
+    named, keys = list(zip(files, [5, 7], strict=True)), [Column("id", Int64)]
+    (measures,) = executor.publish_files(iter([numbers]), target, named, keys, **bounds, confirmed=confirmed)
     assert [(bucket, counts["applied"]) for bucket, counts in confirmed.value] == [(5, 2), (7, 1)]
     assert measures.to_pylist()[0].items() >= {"rows_read": 4, "applied": 3, "equal": 0, "stale": 0}.items()
     values = {key: stored(client, b"%d" % key, target) for key in (1, 2, 3, 4)}
@@ -211,3 +229,85 @@ def test_rows_with_a_ttl_are_never_inserted_without_it(url: str, client: redis.R
     target = target_of(url, view_of(ttl=timedelta(days=36_500)))
     assert write_batches(iter([batch([b"a"], n=[1])]), target, distinct=True).applied == 1
     assert client.pttl(codec.redis_key(target.prefix, b"a").decode()) > 0
+
+
+# ---- looking before writing
+
+
+def rows_of(count: int, *, shift: timedelta = timedelta(), changed: range = range(0), value: int = 0) -> pa.RecordBatch:
+    """So many rows of their own keys; those in ``changed`` are later and have another value."""
+    events = [NOON + (shift if number in changed else timedelta()) for number in range(count)]
+    values = [number + (value if number in changed else 0) for number in range(count)]
+    return batch([b"%d" % number for number in range(count)], events, n=values)
+
+
+def calls_of(client: redis.Redis) -> dict[str, int]:
+    """How often each command was called since the last reset of the statistics, which this is too."""
+    stats: dict[str, Any] = client.info("commandstats")  # type: ignore[assignment]
+    client.config_resetstat()
+    return {name.removeprefix("cmdstat_"): found["calls"] for name, found in stats.items()}
+
+
+@pytest.mark.parametrize("ttl", [None, timedelta(days=36_500)])
+def test_rows_that_are_there_are_looked_up_and_not_written(url: str, client: redis.Redis, ttl: timedelta | None) -> None:
+    """Of a run that is repeated the script sees the first calls only, and counts and expiries stay."""
+    target = target_of(url, view_of(ttl=ttl))
+    assert write_batches(iter([rows_of(20_000)]), target, distinct=True).applied == 20_000
+    expiry = client.pexpiretime(codec.redis_key(target.prefix, b"7").decode()) if ttl else None
+    calls_of(client)
+    again = write_batches(iter([rows_of(20_000)]), target, distinct=True)
+    assert (again.equal, again.rows) == (20_000, 20_000)
+    calls = calls_of(client)
+    assert calls["evalsha"] + calls.get("eval", 0) <= 4
+    assert calls.get("mget", 0) >= 38  # one more within each call of the script
+    assert ttl is None or client.pexpiretime(codec.redis_key(target.prefix, b"7").decode()) == expiry
+
+
+@pytest.mark.parametrize("share", [1, 30, 70, 99])
+def test_rows_that_differ_go_on_to_the_script(url: str, client: redis.Redis, share: int) -> None:
+    """Whatever part of the rows is newer, all of it is written, and nothing else."""
+    target, count = target_of(url), 10_000
+    write_batches(iter([rows_of(count)]), target, distinct=True)
+    changed = range(2_000, 2_000 + 80 * share)
+    counts = write_batches(iter([rows_of(count, shift=HOUR, changed=changed, value=1_000_000)]), target, distinct=True)
+    assert (counts.applied, counts.equal, counts.stale) == (len(changed), count - len(changed), 0)
+    older = write_batches(iter([rows_of(count, shift=-HOUR, changed=changed)]), target, distinct=True)
+    assert (older.applied, older.equal, older.stale) == (0, count - len(changed), len(changed))
+    values = client.mget([codec.redis_key(target.prefix, b"%d" % number) for number in range(count)])
+    found = [codec.Decoder(FEATURES).decode(value)[0] for value in values]  # type: ignore[union-attr]
+    assert found == [number + (1_000_000 if number in changed else 0) for number in range(count)]
+
+
+def test_looking_in_vain_is_given_up(url: str, client: redis.Redis) -> None:
+    """Rows of the same version with other values are equal to the script and never to a look: most go to the script at once."""
+    target, count = target_of(url), 20_000
+    write_batches(iter([rows_of(count)]), target, distinct=True)
+    calls_of(client)
+    counts = write_batches(iter([rows_of(count, changed=range(count), value=5)]), target, distinct=True)
+    assert counts.equal == count
+    calls = calls_of(client)
+    # Each call of the script looks too, so that what is more was looked up in vain.
+    assert calls["mget"] - calls["evalsha"] < 20
+
+
+@pytest.mark.parametrize("stranger", ["a hash", "a short text"])
+def test_a_foreign_key_among_equal_rows_is_found(url: str, client: redis.Redis, stranger: str) -> None:
+    """MGET shows a key of another type as absent: the script, which sees the row next, names it."""
+    target = target_of(url)
+    write_batches(iter([rows_of(5_000)]), target, distinct=True)
+    name = codec.redis_key(target.prefix, b"4000").decode()
+    client.delete(name)
+    client.hset(name, "field", "value") if stranger == "a hash" else client.set(name, "hello")
+    with pytest.raises(SparkFSError, match="4000") as caught:
+        write_batches(iter([rows_of(5_000)]), target, distinct=True)
+    assert caught.value.code == "SFS-610"
+
+
+def test_a_lost_row_among_equal_ones_is_written(url: str, client: redis.Redis) -> None:
+    """What a look finds absent is written."""
+    target = target_of(url)
+    write_batches(iter([rows_of(5_000)]), target, distinct=True)
+    client.delete(codec.redis_key(target.prefix, b"4000"))
+    counts = write_batches(iter([rows_of(5_000)]), target, distinct=True)
+    assert (counts.applied, counts.equal) == (1, 4_999)
+    assert stored(client, b"4000", target) == [4000, None]

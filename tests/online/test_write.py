@@ -20,9 +20,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from spark_fs.errors import InvalidError, SparkFSError, UnavailableError, translate
-from spark_fs.online import codec, connect, redis_store
+from spark_fs.online import calls, codec, connect, redis_store
 from spark_fs.online.connect import check_server, delete_prefix
 from spark_fs.online.redis_store import OnlineTarget, WriteCounts, bury_batches, write_batches
+from spark_fs.online.script import SCRIPT
 from spark_fs.spec import Column
 from spark_fs.types import Bytes, Int64
 from tests.online.servers import FEATURES, NOON, UTC, batch, free_port, ping_for_ever, redis_process, target_of, view_of
@@ -231,10 +232,10 @@ PLANTED = {
 def test_the_contract_catches_planted_bugs(url: str, client: redis.Redis, monkeypatch: pytest.MonkeyPatch, bug: str) -> None:
     """Each of these mistakes in the script breaks a rule above, so the suite would see it."""
     right, wrong = PLANTED[bug]
-    assert redis_store.SCRIPT.count(right) == 1
-    script = redis_store.SCRIPT.replace(right, wrong)
+    assert SCRIPT.count(right) == 1
+    script = SCRIPT.replace(right, wrong)
     call = b"$4\r\nEVAL\r\n$%d\r\n%b\r\n" % (len(script), script)
-    monkeypatch.setattr(redis_store, "_BY_HASH", call)
+    monkeypatch.setattr(calls, "_BY_HASH", call)
     rules: list[Any] = [
         lambda: test_newer_equal_and_stale_rows_are_told_apart(url, client),
         lambda: test_the_greater_version_stays_in_either_order(url, client, {"builds": 9}, {"builds": 10}),

@@ -425,6 +425,8 @@ def test_debug_adds_the_trace(run, project):
             "materialize.py",
             "--start 2024-01-01 --end 2024-02-01 --restate --everything",
         ),
+        (["materialize-incremental", "--max-rows-per-second", "0"], "materialize.py", "--max-rows-per-second 0"),
+        (["repair", "a", "--max-rows-per-second", "5000"], "repair.py", "--view a --max-rows-per-second 5000"),
         (["audit"], "audit.py", ""),
         (["audit", "--all", "a"], "audit.py", "--view a"),
         (["audit", "a", "b@2", "--sample", "100"], "audit.py", "--view a --view b@2 --sample 100"),

@@ -99,9 +99,10 @@ def same(left: Any, right: Any) -> bool:
 def test_every_type_comes_back_exactly(kind: ValueType, values: list[Any]) -> None:
     """Each value, null and empty ones included, is read as it was written, with its Python type."""
     features = [Column("f", kind)]
-    decode = codec.Decoder(features).decode
-    found = [decode(value)[0] for value in encoded(features, [values])]
+    decoder, stored = codec.Decoder(features), encoded(features, [values])
+    found = [decoder.decode(value)[0] for value in stored]
     assert all(map(same, found, values)), (found, values)
+    assert same(decoder.decode_all(stored), [values])
 
 
 def test_all_types_share_a_row() -> None:
@@ -115,6 +116,26 @@ def test_all_types_share_a_row() -> None:
         for row in range(rows):
             wanted = [columns[int(name[1:])][row] for name in names]
             assert same(decode(stored[row]), wanted)
+        every = codec.Decoder(features, names).decode_all(stored)
+        assert same(every, [columns[int(name[1:])] for name in names])
+
+
+@pytest.mark.parametrize("names", [["f1", "f0", "f2"], ["f2"], []])
+@pytest.mark.parametrize("rows", [0, 1, 5])
+def test_many_values_are_decoded_like_one_by_one(names: list[str], rows: int) -> None:
+    """Of values that all have one size, nulls among them, columns come out as from single ones, in any selection."""
+    features = [Column("f0", Float64), Column("f1", Timestamp), Column("f2", Decimal(10, 2))]
+    columns = [
+        [0.5, None, -0.0, 1.0, None][:rows],
+        [EVENT, EVENT, None, None, EVENT][:rows],
+        [None, Exact("1.50"), Exact("-1.00"), None, Exact("0.00")][:rows],
+    ]
+    stored = encoded(features, columns) if rows else []
+    decoder = codec.Decoder(features, names)
+    assert same(decoder.decode_all(stored), [columns[int(name[1:])] for name in names])
+    assert same(
+        [list(row) for row in zip(*decoder.decode_all(stored), strict=True)], [*map(decoder.decode, stored)] if names else []
+    )
 
 
 @settings(deadline=None)  # the first example loads Arrow
