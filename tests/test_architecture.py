@@ -26,9 +26,9 @@ ORDER = [
     "offline.table_log", "offline.transaction", "offline.tables", "offline.placement", "offline.asof_plan",
     "offline.colocated", "offline.spine_files", "offline.spine_stats", "offline.asof",
     "offline.spines", "offline.datasets",
-    "online.codec", "online.address", "online.trust", "online.connect", "online.lookup", "online.encode", "online.links",
-    "online.redis_store", "online.acl", "online.capacity", "online.compare", "online.executor", "online.server", "online.read",
-    "online.erase",
+    "online.codec", "online.trust", "online.address", "online.connect", "online.lookup", "online.encode", "online.script",
+    "online.links", "online.redis_store", "online.acl", "online.capacity", "online.compare", "online.executor",
+    "online.server", "online.read", "online.erase",
     "doctor", "build", "publication", "dispatch", "room", "materialize", "audit", "store", "console", "submit",
     "template", "command", "machine", "publishing", "cli",
 ]  # fmt: skip

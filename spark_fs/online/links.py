@@ -40,6 +40,10 @@ class Call(Protocol):
     def rows(self) -> int:
         """How many rows it carries."""
 
+    @property
+    def share(self) -> float:
+        """What part of a full call it is, by rows or bytes."""
+
     def packed(self) -> bytes:
         """The command as it goes to the server."""
 
@@ -54,15 +58,16 @@ class Call(Protocol):
 Answered = Callable[[Any, Any], Call | None]
 
 
-def open_links(url: str, socket_timeout_seconds: float, answered: Answered, *, calls: int, rows: int, tries: int) -> Links:
+def open_links(url: str, socket_timeout_seconds: float, answered: Answered, *, calls: int, tries: int) -> Links:
     """The connections for a write to this store; nothing is connected before the first call.
 
-    At most ``calls`` calls are unanswered, of a cluster with its smaller ones so many as carry ``rows`` rows, to each master.
-    ``tries``: in a row without one answer before a single server is given up; others after ``connect.FAILOVER_SECONDS``.
+    At most ``calls`` calls are unanswered; of a cluster, whose calls are smaller, as many as make so many full ones, on each
+    connection. ``tries``: in a row without one answer before a single server is given up; others are given up after
+    ``connect.FAILOVER_SECONDS``.
     """
     address = parse_address(url)
     if address.mode == CLUSTER:
-        return ClusterLinks(address, socket_timeout_seconds, answered, rows=rows)
+        return ClusterLinks(address, socket_timeout_seconds, answered, calls=calls)
     patience = _Patience(tries, None) if address.mode == STANDALONE else _Patience(None, connect.FAILOVER_SECONDS)
     pool = connect.make_pool(url, socket_timeout_seconds, Retry(NoBackoff(), 0))
     return ServerLink(pool, answered, calls=calls, patience=patience)
@@ -177,7 +182,8 @@ class _MasterLink:
     def __init__(self, pool: redis.ConnectionPool) -> None:
         self.connection: Any = pool.make_connection()  # Any: redis-py leaves its methods untyped
         self.unanswered: deque[_Sent] = deque()
-        self.rows = 0
+        #: Of how many full calls there is no answer yet.
+        self.load = 0.0
         self.last: Call | None = None
         self._leaving: list[bytes] = []
         self._leaving_bytes = 0
@@ -185,7 +191,7 @@ class _MasterLink:
     def transmit(self, sent: _Sent) -> None:
         """Send a call, soon."""
         self.unanswered.append(sent)
-        self.rows += sent.call.rows
+        self.load += sent.call.share
         self.last = sent.call
         command = sent.call.packed()
         self._leaving += [b"*1\r\n$6\r\nASKING\r\n", command] if sent.asked else [command]
@@ -210,14 +216,14 @@ class _MasterLink:
             except redis.ResponseError as error:
                 reply = error
         self.unanswered.popleft()
-        self.rows -= sent.call.rows
+        self.load = self.load - sent.call.share if self.unanswered else 0.0
         return sent, reply
 
     def drop(self) -> list[_Sent]:
         """Disconnect; gives the calls without an answer."""
         orphans = list(self.unanswered)
         self.unanswered.clear()
-        self.rows, self._leaving, self._leaving_bytes = 0, [], 0
+        self.load, self._leaving, self._leaving_bytes = 0.0, [], 0
         self.connection.disconnect()
         return orphans
 
@@ -230,13 +236,14 @@ class ClusterLinks:
 
     is_cluster = True
 
-    def __init__(self, address: Address, socket_timeout_seconds: float, answered: Answered, *, rows: int) -> None:
-        self._address, self._timeout_seconds, self._answered, self._rows = address, socket_timeout_seconds, answered, rows
+    def __init__(self, address: Address, socket_timeout_seconds: float, answered: Answered, *, calls: int) -> None:
+        self._address, self._timeout_seconds, self._answered, self._calls = address, socket_timeout_seconds, answered, calls
         self._masters: dict[int, tuple[str, int]] = {}
         #: Who can be asked for the map: masters and replicas as last heard of, and those of the address.
         self._nodes: list[tuple[str, int]] = []
         self._links: dict[tuple[str, int], _MasterLink] = {}
         self._waiting: list[_Sent] = []
+        self._refusals = 0
         self._moved: dict[int, tuple[str, int]] = {}
         self._map_is_old = True
         self._trouble: redis.RedisError | None = None
@@ -254,7 +261,8 @@ class ClusterLinks:
 
     def replicas(self, wanted: int, socket_timeout_seconds: float) -> int | None:
         """The least number of replicas of any master that have all that was written; None if nothing was."""
-        links = [(link.connection, link.last) for link in self._links.values()]
+        masters = set(self._masters.values())
+        links = [(link.connection, link.last) for node, link in self._links.items() if node in masters]
         return _replicas(links, wanted, socket_timeout_seconds)
 
     def disconnect(self) -> None:
@@ -270,9 +278,11 @@ class ClusterLinks:
                 time.sleep(max(sent.pause for sent in self._waiting))
             if self._map_is_old:
                 self._ask_for_map()
-            waiting, self._waiting = self._waiting, []
-            for sent in waiting:
-                self._dispatch(sent)
+            waiting, self._waiting = deque(self._waiting), []
+            before = self._refusals
+            while waiting and self._refusals == before:  # else the map, and perhaps a pause, first
+                self._dispatch(waiting.popleft())
+            self._waiting += waiting
 
     def _dispatch(self, sent: _Sent) -> None:
         node = sent.asked or self._masters.get(sent.call.slot)
@@ -282,16 +292,25 @@ class ClusterLinks:
         link = self._links.get(node)
         if link is None:
             link = self._links[node] = _MasterLink(self._pool(node))
-        if link.rows >= self._rows:
-            while link.rows > self._rows * 3 // 4:
+        if link.load >= self._calls:
+            before = self._refusals
+            while link.load > self._calls * 3 / 4:  # some at once, so that the next ones leave together
                 self._receive(link)
+            if self._refusals != before:
+                self._waiting.append(sent)
+                return
         try:
             link.transmit(sent)
         except redis.RedisError as error:
             self._lose(link, error)
 
     def _take_all(self) -> None:
-        for link in list(self._links.values()):
+        for link in self._links.values():
+            try:
+                link.flush()
+            except redis.RedisError as error:
+                self._lose(link, error)
+        for link in self._links.values():
             while link.unanswered:
                 self._receive(link)
 
@@ -337,6 +356,7 @@ class ClusterLinks:
         sent.since = sent.since or now
         if now - sent.since > connect.FAILOVER_SECONDS:
             raise error
+        self._refusals += 1
         sent.refusals += 1
         sent.pause = 0.0 if redirected and sent.refusals <= _REDIRECTIONS else connect.pause_seconds(sent.refusals - 1)
         self._waiting.append(sent)
@@ -388,18 +408,18 @@ def _wants_single_rows(reply: Any) -> bool:
 
 def _replicas(links: Sequence[tuple[Any, Call | None]], wanted: int, socket_timeout_seconds: float) -> int | None:
     timeout_ms = int(1000 * min(_WAIT_SECONDS, socket_timeout_seconds / 2))
-    counts = []
-    for connection, last in links:
-        if last is None:
-            continue
-        count = 0
+    asked = [(connection, last) for connection, last in links if last is not None]
+    for connection, last in asked:
         # WAIT is for what this connection has written, and an earlier one may have written before it was lost: so something
         # of no meaning is written first.
         with suppress(redis.RedisError):
             connection.send_packed_command([last.touched()])
             connection.send_command("WAIT", wanted, timeout_ms)
+    counts = []
+    for connection, _ in asked:
+        counts.append(0)
+        with suppress(redis.RedisError):
             with suppress(redis.ResponseError):  # the slot may have moved on
                 connection.read_response()
-            count = int(connection.read_response())
-        counts.append(count)
+            counts[-1] = int(connection.read_response())
     return min(counts, default=None)

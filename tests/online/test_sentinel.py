@@ -129,6 +129,9 @@ def test_what_the_address_names_is_checked(setup: Sentinels, monkeypatch: pytest
         with pytest.raises(redis.ConnectionError):
             write(wrong)
     assert time.monotonic() - began < 15
+    data_node = f"redis+sentinel://:{PASSWORD}@127.0.0.1:{setup.master.port}/{SERVICE}/0?sentinel_password={PASSWORD}"
+    with pytest.raises(InvalidError, match=r"SFS-604.*is no sentinel"):
+        check_server(data_node)
     plain = f"redis://:{SENTINEL_PASSWORD}@127.0.0.1:{setup.sentinels[0].port}/0"
     with pytest.raises(InvalidError, match=r"SFS-604.*is a sentinel.*redis\+sentinel://"):
         check_server(plain)

@@ -90,7 +90,7 @@ class Node:
         return self.client.info()[name]  # type: ignore[index]
 
 
-def _port_with_bus() -> int:
+def port_with_bus() -> int:
     """A free port of which the one 10,000 above it is free too: there the nodes of a cluster talk with each other."""
     while True:
         port = free_port()
@@ -101,7 +101,7 @@ def _port_with_bus() -> int:
 
 
 def _data_node(folder: Path, *options: str) -> Node:
-    port = _port_with_bus()
+    port = port_with_bus()
     place = folder / str(port)
     place.mkdir()
     login = ["--requirepass", PASSWORD, "--masterauth", PASSWORD]
@@ -261,20 +261,21 @@ class Cluster:
 
 
 @contextmanager
-def cluster(folder: Path, *, replicas: bool = True, options: Sequence[str] = ()) -> Iterator[Cluster]:
-    """Three masters, each with a replica if wanted, for the block."""
+def cluster(folder: Path, *, count: int = 3, replicas: bool = True, options: Sequence[str] = ()) -> Iterator[Cluster]:
+    """Three masters, or one, each with a replica if wanted, for the block."""
     cluster_options = ["--cluster-enabled", "yes", "--cluster-node-timeout", "1500", "--cluster-replica-validity-factor", "0"]
     with ExitStack() as stack:
-        nodes = [_data_node(folder, *cluster_options, *options) for _ in range(6 if replicas else 3)]
+        nodes = [_data_node(folder, *cluster_options, *options) for _ in range(2 * count if replicas else count)]
         for node in nodes:
             stack.callback(node.kill)
             node.start()
-        for number, (node, cuts) in enumerate(zip(nodes, [(0, 5460), (5461, 10922), (10923, 16383)], strict=False)):
-            node.client.execute_command("CLUSTER", "ADDSLOTSRANGE", *cuts)
+        for number, node in enumerate(nodes[:count]):
+            cuts = [-(-16384 * place // count) for place in (number, number + 1)]
+            node.client.execute_command("CLUSTER", "ADDSLOTSRANGE", cuts[0], cuts[1] - 1)
             node.client.execute_command("CLUSTER", "SET-CONFIG-EPOCH", number + 1)
         for node in nodes[1:]:
             nodes[0].client.execute_command("CLUSTER", "MEET", "127.0.0.1", node.port)
-        for master, replica in zip(nodes[:3], nodes[3:], strict=False):
+        for master, replica in zip(nodes[:count], nodes[count:], strict=False):
             name = master.client.execute_command("CLUSTER", "MYID").decode()
 
             def follow(replica: Node = replica, name: str = name) -> bool:
