@@ -377,8 +377,12 @@ def test_tls(tmp_path: Path) -> None:
         assert write_batches(iter([batch(KEYS, n=range(6_000))]), target).applied == 6_000
         with OnlineReader(target.url) as reader:
             assert reader.read([select(view_of(), ["n"])], {"origin": ["7"]}).to_dict()["n"] == [7]
-        with pytest.raises(SparkFSError, match="SFS-601"):
-            check_server(secure)
+        for act in (check_server, lambda url: write_batches(iter([batch(KEYS[:9])]), target_of(url))):
+            began = time.monotonic()
+            with pytest.raises((SparkFSError, redis.RedisError)) as caught:
+                act(secure)
+            assert "SFS-631" in str(translate(caught.value))
+            assert time.monotonic() - began < 5
 
 
 # ---- what is told of loss
@@ -436,7 +440,7 @@ def test_keys_of_all_masters_are_listed_compared_erased_and_removed(nodes: Clust
     listed = pa.Table.from_batches(stored_keys(iter([]), target))["_key"].to_pylist()
     assert sorted(set(listed)) == sorted(KEYS[:1_000])
     changed = batch(KEYS[:1_001], n=[7, *range(1, 1_001)])
-    found = pa.Table.from_batches(compare_rows(iter([changed]), target, frozenset(), 0)).to_pylist()
+    found = pa.Table.from_batches(compare_rows(iter([changed]), target, frozenset())).to_pylist()
     assert [(row["key"], row["status"]) for row in found if row["key"] is not None] == [(b"0", "wrong"), (b"1000", "missing")]
 
     names = [codec.redis_key(target.prefix, key) for key in KEYS[:100]]
