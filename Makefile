@@ -13,10 +13,10 @@ FIND_PYTHON = for name in $(CANDIDATES); do command -v $$name >/dev/null \
 # Looked for when first used, and once only.
 PYTHON ?= $(eval PYTHON := $(shell $(FIND_PYTHON)))$(PYTHON)
 
-.PHONY: help venv setup demo test check lint types test-fast bench bench-asof clean
+.PHONY: help venv setup demo test test-faults check lint types test-fast bench bench-asof clean
 
 help: ## List the targets (this text)
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 venv: .venv/.installed ## Create .venv with the package and all its extras
 
@@ -26,8 +26,11 @@ setup: .venv/.installed ## The same, and fetch the Delta jars into .spark_fs/jar
 demo: setup ## Run the worked example on real data, from definitions to online features
 	@$(BIN)/python feature_repo/demo/run.py
 
-test: setup ## Run all tests, two files at a time; the slowest are listed at the end
-	@$(BIN)/python -m pytest -n 2 --dist loadfile tests
+test: setup ## Run all tests but those on a cluster, two files at a time; the slowest are listed at the end
+	@$(BIN)/python -m pytest -n 2 --dist loadfile --ignore tests/faults tests
+
+test-faults: setup ## Run the tests on a Spark cluster of real processes, which are killed and frozen
+	@$(BIN)/python -m pytest tests/faults
 
 check: lint types test-fast ## What to run before a commit: format, lint, types, fast tests
 

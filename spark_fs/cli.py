@@ -375,7 +375,7 @@ def destroy(context: click.Context, view: str, yes: bool, output: str) -> None:
     """
 
     def act() -> None:
-        from spark_fs.store import parse_reference
+        from spark_fs.names import parse_reference
 
         name, version = parse_reference(view)
         if not yes:

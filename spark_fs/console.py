@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -82,11 +83,11 @@ def say(text: str) -> None:
 def run(act: Callable[[], ExitCode | None], *, debug: bool = False) -> int:
     """Do something for a command and return its exit code; errors are printed on stderr, with traces only for ``debug``."""
     try:
-        with _results():
+        with _stopped_by_sigterm(), _results():
             return int(act() or ExitCode.OK)
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as stop:
         say("Interrupted; what was finished is kept, and the same command resumes.")
-        return ExitCode.INTERRUPTED
+        return ExitCode.TERMINATED if isinstance(stop, Terminated) else ExitCode.INTERRUPTED
     except Exception as error:  # noqa: BLE001  # the last stop: whatever it is becomes a message and a code
         ours = translate(error)
         if ours is None or debug:
@@ -97,6 +98,25 @@ def run(act: Callable[[], ExitCode | None], *, debug: bool = False) -> int:
             ours = SparkFSError.of("SFS-700", "Something failed that should not.", why=f"{type(error).__name__}.")
         say(str(ours))
         return int(ours.exit_code)
+
+
+class Terminated(KeyboardInterrupt):
+    """Somebody has sent SIGTERM, as schedulers do; ends a command as Ctrl-C does."""
+
+
+@contextmanager
+def _stopped_by_sigterm() -> Iterator[None]:
+    def stop(*_: object) -> None:
+        raise Terminated
+
+    if threading.current_thread() is not threading.main_thread():
+        yield  # only the main thread may say what a signal does
+        return
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 @contextmanager

@@ -27,6 +27,7 @@ class ExitCode(IntEnum):
     CONFLICT = 6
     PARTLY_DONE = 7
     INTERRUPTED = 130
+    TERMINATED = 143
 
 
 @dataclass(frozen=True, slots=True)

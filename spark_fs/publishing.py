@@ -179,8 +179,8 @@ def erase(context: click.Context, view: str, entities: tuple[str, ...], undo: bo
     """
 
     def act() -> None:
+        from spark_fs.names import parse_reference
         from spark_fs.online.erase import versions_alike
-        from spark_fs.store import parse_reference
 
         store = open_store(context)
         state = store.registry.state()

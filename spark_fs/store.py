@@ -19,15 +19,15 @@ from spark_fs.errors import (
     PartlyDoneError,
     Problem,
     SparkFSError,
-    did_you_mean,
     summary,
     translate,
 )
 from spark_fs.intervals import BEGINNING, Interval, missing
+from spark_fs.names import choose_views, feature_selection, parse_reference, refuse_in_use, service_selections
 from spark_fs.plan import Plan, apply_plan, make_plan
-from spark_fs.registry import Registry, State
+from spark_fs.registry import Registry
 from spark_fs.repo import Repository, load
-from spark_fs.spec import Selection, ServiceSpec, ViewSpec, merge_selections, select
+from spark_fs.spec import Selection, ViewSpec, merge_selections
 
 if TYPE_CHECKING:
     import pandas
@@ -124,7 +124,7 @@ class FeatureStore:
             kept = [keep_layout(self._offline.table(view), last, settings.build.max_files_per_bucket) for last in done[-1:]]
             return [*done[:-1], *kept]
 
-        chosen = _choose(self.registry.state(), views)
+        chosen = choose_views(self.registry.state(), views)
         return self._each("build", chosen, build_one)
 
     def optimize(self, views: Iterable[str] | None = None, buckets: int | None = None) -> list[OptimizeResult]:
@@ -143,12 +143,12 @@ class FeatureStore:
             table = self._offline.table(view)
             return [optimize_table(table, buckets)] if table.exists() else []
 
-        return self._each("optimize", _choose(self.registry.state(), views), optimize_one)
+        return self._each("optimize", choose_views(self.registry.state(), views), optimize_one)
 
     def missing(self, views: Iterable[str] | None = None, end: datetime | None = None) -> dict[str, list[Interval]]:
         """The intervals up to ``end`` (default: now) that no build has covered yet, by view."""
         whole = Interval(BEGINNING, end or datetime.now(timezone.utc))
-        return {v.reference: missing(whole, self.registry.built(v)) for v in _choose(self.registry.state(), views)}
+        return {v.reference: missing(whole, self.registry.built(v)) for v in choose_views(self.registry.state(), views)}
 
     # Training sets.
 
@@ -276,12 +276,12 @@ class FeatureStore:
         if not isinstance(features, str) and not isinstance(features, Sequence):
             features = features.name
         if isinstance(features, str):
-            return _service_selections(state, state.require_service(features))
+            return service_selections(state, state.require_service(features))
         selections: list[Selection] = []
         problems: list[Problem] = []
         for reference in features:
             try:
-                selections.append(_reference_selection(state, reference))
+                selections.append(feature_selection(state, reference))
             except InvalidError as error:
                 problems += error.problems
         if problems:
@@ -316,7 +316,7 @@ class FeatureStore:
         state = self.registry.state()
         newest = max((n for name, n in state.versions if name == view), default=None)
         spec = state.require_view(view, version or newest)
-        _refuse_in_use(state, spec)
+        refuse_in_use(state, spec)
         keys = delete_prefix(self.online_url(), key_prefix(spec))
         path = feature_table_path(self.environment.offline_root, spec)
         deleted = delete_folder(path)
@@ -417,7 +417,7 @@ class FeatureStore:
 
     def _each_online(self, kind: str, views: Iterable[str] | None, act: Callable[[ViewSpec, str], list[R]]) -> list[R]:
         """As ``_each``, for views that are for online use, once the online store was looked at."""
-        chosen = _choose(self.registry.state(), views, online=True)
+        chosen = choose_views(self.registry.state(), views, online=True)
         self.check_online()
         return self._each(kind, chosen, act)
 
@@ -452,65 +452,11 @@ class FeatureStore:
         )
 
 
-def parse_reference(reference: str) -> tuple[str, int | None]:
-    """Name and version of ``view`` or ``view@2``; SFS-511 if the version is no number."""
-    name, at, version = reference.partition("@")
-    if at and not (version.isascii() and version.isdigit()):
-        raise InvalidError.of("SFS-511", f"'{reference}' does not name a view.", fix="write view or view@2")
-    return name, int(version) if at else None
-
-
 def _interval(start: datetime, end: datetime) -> Interval:
     try:
         return Interval(start, end)
     except ValueError as error:
         raise InvalidError.of("SFS-409", f"This is no interval: {error}.") from error
-
-
-def _choose(state: State, names: Iterable[str] | None, *, online: bool = False) -> list[ViewSpec]:
-    """The named views, else all current ones and the older versions that services still use."""
-    if names is not None:
-        chosen = [state.require_view(*parse_reference(name)) for name in names]
-        offline_only = [view.name for view in chosen if online and not view.online]
-        if offline_only:
-            raise InvalidError.of("SFS-605", f"Not for online use: {', '.join(offline_only)}.", fix="set online=True and apply")
-        return chosen
-    pinned = [state.versions[(item.view, item.version)] for service in state.services.values() for item in service.views]
-    every = {view.reference: view for view in (*state.views.values(), *pinned)}
-    if not every:
-        raise InvalidError.of("SFS-303", "No feature views are applied yet.", fix="run spark-fs apply")
-    return [view for view in every.values() if view.online or not online]
-
-
-def _reference_selection(state: State, reference: str) -> Selection:
-    view, _, feature = reference.partition(":")
-    name, _, version = view.partition("@")
-    if not feature or (version and not version.isdigit()):
-        raise InvalidError.of(
-            "SFS-511",
-            f"'{reference}' does not name a feature.",
-            why=did_you_mean(reference, [f"{v.name}:{f}" for v in state.views.values() for f in v.feature_names]),
-            fix="write view:feature or view@2:feature; a service is given by its name alone, not in a list",
-        )
-    return select(state.require_view(name, int(version) if version else None), [feature])
-
-
-def _service_selections(state: State, service: ServiceSpec) -> list[Selection]:
-    return merge_selections(
-        select(state.require_view(item.view, item.version), item.features, item.alias, item.join_key_map)
-        for item in service.views
-    )
-
-
-def _refuse_in_use(state: State, spec: ViewSpec) -> None:
-    users = [
-        s.name for s in state.services.values() for item in s.views if (item.view, item.version) == (spec.name, spec.version)
-    ]
-    if state.views.get(spec.name) == spec or users:
-        by = f"service {', '.join(users)}" if users else "the repository"
-        raise InvalidError.of(
-            "SFS-310", f"Feature view '{spec.reference}' is in use by {by}.", fix="remove it there and apply first"
-        )
 
 
 def _of_view(view: ViewSpec, error: Exception) -> SparkFSError:

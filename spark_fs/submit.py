@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from spark_fs.config import Environment
-from spark_fs.console import RESULTS_VARIABLE
+from spark_fs.console import RESULTS_VARIABLE, Terminated
 from spark_fs.errors import InvalidError
 from spark_fs.intervals import parse_instant
 from spark_fs.session import spark_conf
@@ -34,7 +34,10 @@ class SubmitCommand:
         return shlex.join(self.argv)
 
     def run(self) -> int:
-        """Run it and return its exit code. Ctrl-C reaches the job itself, which cleans up; we wait for it."""
+        """Run it and return its exit code, 128 + n where signal n has ended it.
+
+        Ctrl-C reaches the job itself, which cleans up; we wait for it. SIGTERM is passed on.
+        """
         return self._wait()
 
     def run_job(self) -> int:
@@ -56,7 +59,10 @@ class SubmitCommand:
         with subprocess.Popen(self.argv, env=environment, stdout=stdout) as process:
             while True:
                 try:
-                    return process.wait()
+                    code = process.wait()
+                    return code if code >= 0 else 128 - code
+                except Terminated:
+                    process.terminate()
                 except KeyboardInterrupt:
                     continue
 

@@ -11,7 +11,7 @@ import re
 from dataclasses import dataclass, field
 
 from spark_fs.errors import InvalidError
-from spark_fs.online.redis_store import FUNCTION, SCRIPT
+from spark_fs.online.script import FUNCTION, library
 
 #: Release → commands that it has and those before have not. Functions, and keys for reading only, came with 7.0 as well.
 RELEASES: dict[str, tuple[str, ...]] = {"6.2": (), "7": ("cluster|shards",), "7.2": ("cluster|shards", "client|setinfo")}
@@ -65,13 +65,6 @@ def _quoted(argument: str) -> str:
 def password_digest(password: str) -> str:
     """The SHA-256 of a password, as ``ACL SETUSER … #<digest>`` takes it."""
     return hashlib.sha256(password.encode()).hexdigest()
-
-
-def library() -> str:
-    """The text of the Redis library with the guarded write as its only function, the script's own text inside."""
-    name = FUNCTION.decode()
-    body = SCRIPT.decode()
-    return f"#!lua name={name.replace('_write', '')}\nredis.register_function('{name}', function(KEYS, ARGV)\n{body}end)\n"
 
 
 def statements(project: str, writer: User, reader: User, *, release: str = "7") -> list[Statement]:

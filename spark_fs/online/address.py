@@ -7,9 +7,11 @@ from dataclasses import dataclass, field
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
+import redis
 from redis.connection import parse_url
 
 from spark_fs.errors import InvalidError, SparkFSError
+from spark_fs.online.trust import secure
 
 STANDALONE, SENTINEL, CLUSTER = "standalone", "sentinel", "cluster"
 
@@ -44,8 +46,13 @@ def parse_address(url: str) -> Address:
     ``rediss+…`` is the same with TLS. Other query options are redis-py's, such as ``ssl_ca_certs``.
     """
     try:
-        return _parsed(url)
-    except (ValueError, TypeError):
+        address = _parsed(url)
+        hosts = [host for host, _ in address.hosts] or [address.options.get("host", "localhost")]
+        for options in (address.options, address.sentinel_options):
+            secure(options, hosts, tls=address.tls)
+        _refuse_unknown(address)
+        return address
+    except (ValueError, TypeError, redis.RedisError):
         # The text of the error may hold a piece of the password, so it is neither shown nor chained.
         raise no_address() from None
 
@@ -72,6 +79,7 @@ def _parsed(url: str) -> Address:
     for name in ("host", "port", "path", "connection_class"):
         options.pop(name, None)
     own = {"username": options.pop("sentinel_username", None), "password": options.pop("sentinel_password", None)}
+    certificates = {name: value for name, value in options.items() if mode == SENTINEL and name.startswith("ssl_")}
     path = [unquote(part) for part in parts.path.split("/") if part]
     service = path.pop(0) if mode == SENTINEL and path else ""
     database = int(path.pop(0)) if path else int(options.get("db", 0))
@@ -82,7 +90,16 @@ def _parsed(url: str) -> Address:
     else:
         options.pop("db", None)  # a cluster has database 0 only
     found = tuple(_host(text, _DEFAULT_PORTS[mode]) for text in hosts.split(","))
-    return Address(mode, found, service, scheme == "rediss", options, {name: value for name, value in own.items() if value})
+    return Address(
+        mode, found, service, scheme == "rediss", options, {name: value for name, value in own.items() if value} | certificates
+    )
+
+
+def _refuse_unknown(address: Address) -> None:
+    """Make a connection, which connects to nothing but refuses options that it does not know."""
+    kind: Any = address.options.get("connection_class") or (redis.SSLConnection if address.tls else redis.Connection)
+    of_pools = ("connection_class", "max_connections")
+    kind(**{name: value for name, value in address.options.items() if name not in of_pools})
 
 
 def _host(text: str, port: int) -> tuple[str, int]:

@@ -15,9 +15,8 @@ from redis.retry import Retry
 
 from spark_fs.errors import InvalidError, SparkFSError, translate
 from spark_fs.online import codec
-from spark_fs.online.address import CLUSTER, SENTINEL, STANDALONE, Address, no_address, parse_address
+from spark_fs.online.address import CLUSTER, SENTINEL, STANDALONE, Address, parse_address
 from spark_fs.online.codec import slot_of
-from spark_fs.online.trust import secure
 
 OLDEST_SERVER = (6, 2)
 #: How long is waited for a replica to take over, where there are some. Sentinels and clusters take 15 s by default.
@@ -36,31 +35,37 @@ _NODE: Any = redis.cluster.ClusterNode
 
 
 def make_pool(url: str, socket_timeout_seconds: float, retry: Retry) -> redis.ConnectionPool:
-    """Connections to the server, or to the master that the sentinels name each time; made when first used.
-
-    ``password_file`` and TLS in the URL are as ``trust.secure`` says. Raises SFS-614 for what is no address or has options
-    that nobody knows, SFS-631 and SFS-632 as ``secure`` does.
-    """
+    """Connections to the server, or to the master that the sentinels name each time; made when first used. Raises SFS-614."""
     address = parse_address(url)
-    options = _options(address, socket_timeout_seconds, retry)
+    options = _options(address.options, socket_timeout_seconds, retry)
     if address.mode == STANDALONE:
-        pool = redis.ConnectionPool(**options)
+        return redis.ConnectionPool(**options)
+    known = {**_options(address.sentinel_options, socket_timeout_seconds, Retry(NoBackoff(), 0)), **_tls(address)}
+    sentinels = (_TlsSentinels if address.tls else _SENTINEL)(address.hosts, sentinel_kwargs=known)
+    pool: redis.ConnectionPool = _SENTINEL_POOL(address.service, sentinels, **options, **_tls(address))
+    return pool
+
+
+class _TlsSentinels(_SENTINEL):  # type: ignore[misc]  # redis-py leaves it untyped
+    """Sentinels of which it is told why they are not trusted; redis-py keeps no more than the kind of each error."""
+
+    def discover_master(self, service_name: str) -> Any:
         try:
-            pool.connection_class(**pool.connection_kwargs)  # connects to nothing, but refuses options that it does not know
-        except (ValueError, TypeError, redis.RedisError):
-            raise no_address() from None
-        return pool
-    sentinel_options = _common(socket_timeout_seconds, Retry(NoBackoff(), 0)) | _tls_files(address) | address.sentinel_options
-    known = {**sentinel_options, **_tls(address)}
-    sentinels = _SENTINEL(address.hosts, sentinel_kwargs=known)
-    named: redis.ConnectionPool = _SENTINEL_POOL(address.service, sentinels, **options, **_tls(address))
-    return named
+            return super().discover_master(service_name)
+        except redis.sentinel.MasterNotFoundError:
+            for sentinel in self.sentinels:
+                try:
+                    sentinel.ping()
+                except redis.RedisError as error:
+                    if isinstance(translate(error), InvalidError):
+                        raise error from None
+            raise
 
 
 def node_pool(address: Address, host: str, port: int, socket_timeout_seconds: float, retry: Retry) -> redis.ConnectionPool:
     """Connections to one node of a cluster; made when first used."""
     kind = redis.SSLConnection if address.tls else redis.Connection
-    options = _options(address, socket_timeout_seconds, retry)
+    options = _options(address.options, socket_timeout_seconds, retry)
     return redis.ConnectionPool(connection_class=kind, host=host, port=port, **options)
 
 
@@ -84,9 +89,11 @@ def masters(client: Client) -> list[redis.Redis]:
 
 
 def _open_cluster(address: Address, socket_timeout_seconds: float) -> redis.RedisCluster:
-    options = _options(address, socket_timeout_seconds, _retry())
-    options.pop("redis_connect_func", None)  # redis-py has one of its own for clusters
+    options = _options(address.options, socket_timeout_seconds, _retry())
     retry = options.pop("retry")
+    # A cluster's client calls it too late to hear what a server says of our certificate, and would log in twice.
+    if options.pop("redis_connect_func", None):
+        _refuse_untrusted(address, socket_timeout_seconds)
     nodes = [_NODE(host, port) for host, port in address.hosts]
     try:
         # While some slots have no master, the others are served.
@@ -96,6 +103,21 @@ def _open_cluster(address: Address, socket_timeout_seconds: float) -> redis.Redi
         if "not enabled" in f"{error}{cause}":
             raise no_cluster() from None
         raise cause if isinstance(cause, redis.RedisError) else redis.ConnectionError(str(error)) from None
+
+
+def _refuse_untrusted(address: Address, socket_timeout_seconds: float) -> None:
+    """Raise what is wrong with TLS to the first node that is there."""
+    for host, port in address.hosts:
+        # Any: redis-py leaves its methods untyped
+        connection: Any = node_pool(address, host, port, socket_timeout_seconds, Retry(NoBackoff(), 0)).make_connection()
+        try:
+            connection.connect()
+            return
+        except redis.RedisError as error:
+            if isinstance(translate(error), InvalidError):
+                raise
+        finally:
+            connection.disconnect()
 
 
 def no_cluster() -> SparkFSError:
@@ -123,26 +145,15 @@ def _tls(address: Address) -> dict[str, Any]:
     return {"ssl": True} if address.tls else {}
 
 
-def _common(socket_timeout_seconds: float, retry: Retry) -> dict[str, Any]:
+def _options(options: dict[str, Any], socket_timeout_seconds: float, retry: Retry) -> dict[str, Any]:
+    """What connections take; what the URL says wins."""
     return {
         "protocol": 2,
         "socket_timeout": socket_timeout_seconds,
         "socket_connect_timeout": min(socket_timeout_seconds, 5.0),
         "retry": retry,
+        **options,
     }
-
-
-def _options(address: Address, socket_timeout_seconds: float, retry: Retry) -> dict[str, Any]:
-    """What connections take; what the URL says wins."""
-    options = {**_common(socket_timeout_seconds, retry), **address.options}
-    hosts = [host for host, _ in address.hosts] or [str(options.get("host", "localhost"))]
-    secure(options, hosts, tls=address.tls)
-    return options
-
-
-def _tls_files(address: Address) -> dict[str, Any]:
-    """The certificates and authorities of a URL."""
-    return {name: value for name, value in address.options.items() if name.startswith("ssl_")}
 
 
 @contextmanager
@@ -161,10 +172,10 @@ def is_transient(error: Exception) -> bool:
     """Whether waiting may mend an error of redis-py."""
     if isinstance(error, (redis.AuthenticationError, redis.exceptions.AuthorizationError)):
         return False
-    if isinstance(translate(error), InvalidError):
-        return False  # TLS that waiting does not mend
     if isinstance(error, redis.sentinel.MasterNotFoundError) and "AuthenticationError" in str(error):
         return False  # told by the sentinels
+    if isinstance(translate(error), InvalidError):
+        return False  # TLS that waiting does not mend
     return isinstance(error, _PASSING) or str(error).startswith(("BUSY ", "NOREPLICAS "))
 
 

@@ -6,7 +6,8 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping
+import time
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -16,6 +17,8 @@ import pytest
 from tests.conftest import delta_jars
 
 COMMAND = Path(sys.executable).with_name("spark-fs")
+#: Longest wait for something that a healthy machine does in seconds.
+PATIENCE_SECONDS = 180.0
 
 #: Python runs this file at its start. Only in the process of the command itself: jobs may well import pyspark.
 _WATCH_IMPORTS = """\
@@ -86,13 +89,31 @@ def run(project: Path, *arguments: str, variables: Mapping[str, str] = {}) -> Do
     return Done(process.returncode, out, err)
 
 
-def command_lines() -> Iterator[tuple[int, int, str]]:
-    """Of every living process: its id, its session's id, its command line."""
+def until(condition: Callable[[], Any]) -> None:
+    """Return once the condition holds."""
+    deadline = time.monotonic() + PATIENCE_SECONDS
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+@dataclass(frozen=True, slots=True)
+class Process:
+    """A living process: its id, those of its parent and of its session, its command line."""
+
+    pid: int
+    parent: int
+    session: int
+    line: str
+
+
+def processes() -> Iterator[Process]:
+    """Every living process of this machine."""
     for folder in Path("/proc").glob("[0-9]*"):
         try:
             line = (folder / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
-            session = int((folder / "stat").read_text().rpartition(")")[2].split()[3])
-        except (OSError, IndexError):
+            numbers = (folder / "stat").read_text().rpartition(")")[2].split()
+        except OSError:
             continue  # it has just ended
         if line:  # a process that has ended, but that nobody has waited for, has none
-            yield int(folder.name), session, line
+            yield Process(int(folder.name), int(numbers[1]), int(numbers[3]), line)

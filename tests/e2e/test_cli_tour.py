@@ -15,7 +15,7 @@ import pytest
 
 from spark_fs import FeatureStore
 from spark_fs.online import server
-from tests.e2e.command import Done, command_lines, environment, run, start, watching, with_jars
+from tests.e2e.command import Done, environment, processes, run, start, watching, with_jars
 
 #: A secret that the project's settings and source refer to by variable. It must appear nowhere.
 CANARY = "hush-4f1c9a"
@@ -223,7 +223,7 @@ def test_values_outlive_a_restart_of_the_server(tour: Tour) -> None:
     before = tour.online("churn_v1")
     (running,) = tour("online", "status", "--output", "json").json()
     tour("online", "stop")
-    assert [pid for pid, _, _ in command_lines() if pid == int(running["pid"])] == []
+    assert [process for process in processes() if process.pid == int(running["pid"])] == []
     assert tour("online", "status", "--output", "json").json() == [{"running": False}]
     (started,) = tour("online", "start", "--output", "json").json()
     assert started["running"]
@@ -272,7 +272,7 @@ def test_a_secret_is_not_told_by_a_job(tour: Tour) -> None:
         outputs: list[str] = []
         waiter.start()
         while waiter.is_alive():
-            shown.update(line for _, session, line in command_lines() if session == process.pid)
+            shown.update(other.line for other in processes() if other.session == process.pid)
             waiter.join(0.05)
     failed = tour.check(Done(process.returncode, *outputs), expect=1)
     assert "[SFS-601]" in failed.err

@@ -8,12 +8,10 @@ import shutil
 import signal
 import socket
 import subprocess
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import closing, suppress
 from datetime import datetime, timedelta, timezone
 from pathlib import Path
-from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -24,15 +22,13 @@ from pyspark.sql import SparkSession
 from spark_fs import FeatureStore
 from spark_fs.errors import ExitCode, SparkFSError
 from spark_fs.online import server
-from tests.e2e.command import command_lines, run, start, with_jars
+from tests.e2e.command import PATIENCE_SECONDS, processes, run, start, until, with_jars
 from tests.project import open_project
 
 UTC = timezone.utc
 HOUR = timedelta(hours=1)
 END = datetime.now(UTC).replace(minute=0, second=0, microsecond=0)
 START = END - timedelta(days=10)
-#: Longest wait for something that a healthy machine does in seconds.
-PATIENCE_SECONDS = 180.0
 
 SETTINGS = """
 spark:
@@ -86,14 +82,6 @@ def stored(root: Path) -> dict[int, int]:
     return dict(zip(table["user_id"], table["amount"], strict=True))
 
 
-def until(condition: Callable[[], Any]) -> None:
-    """Return once the condition holds."""
-    deadline = time.monotonic() + PATIENCE_SECONDS
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
-
-
 # ---- interrupted and killed
 
 
@@ -121,7 +109,7 @@ class StuckBuild:
 
     def processes(self, program: str = "") -> list[int]:
         """The ids of its living processes whose command line has ``program`` in it."""
-        return [pid for pid, session, line in command_lines() if session == self.process.pid and program in line]
+        return [other.pid for other in processes() if other.session == self.process.pid and program in other.line]
 
     def finish(self) -> tuple[int, str]:
         """Its exit code and all that it printed on stderr; opens the gate."""

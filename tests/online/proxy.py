@@ -13,6 +13,8 @@ from urllib.parse import urlsplit, urlunsplit
 
 #: Bytes passed on at a time.
 _PIECE = 16 * 1024
+#: Bytes that wait before the proxy, as on a narrow link: what is not passed on stays with the client, which so knows it.
+_BACKLOG = 64 * 1024
 
 
 @dataclass
@@ -42,7 +44,11 @@ class Proxy:
             except OSError:
                 return  # the block has ended
             self.connections += 1
-            server = socket.create_connection(upstream)
+            try:
+                server = socket.create_connection(upstream)
+            except OSError:
+                client.close()  # the server is down; it may come back
+                continue
             self._sockets += [client, server]
             limit = self.cut_replies.pop(0) if self.cut_replies else None
             for source, sink, most in ((client, server, None), (server, client, limit)):
@@ -78,7 +84,10 @@ def proxy_to(url: str) -> Iterator[Proxy]:
     parts = urlsplit(url)
     assert parts.hostname is not None
     assert parts.port is not None
-    with socket.create_server(("127.0.0.1", 0)) as listener:
+    with socket.socket() as listener:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, _BACKLOG)
+        listener.bind(("127.0.0.1", 0))
+        listener.listen()
         login, at, _ = parts.netloc.rpartition("@")
         through = urlunsplit(parts._replace(netloc=f"{login}{at}127.0.0.1:{listener.getsockname()[1]}"))
         proxy = Proxy(through)

@@ -19,14 +19,15 @@ from click.testing import CliRunner, Result
 from spark_fs import doctor
 from spark_fs.cli import main
 from spark_fs.errors import InvalidError, UnavailableError, translate
-from spark_fs.online import acl, codec, redis_store
-from spark_fs.online.compare import compare_rows, now_us, stored_keys
+from spark_fs.online import acl, codec, redis_store, script
+from spark_fs.online.compare import compare_rows, stored_keys
 from spark_fs.online.connect import check_server, delete_prefix, erase_keys, has_token, leave_token, reopen_keys
 from spark_fs.online.read import PRESENT, OnlineReader
 from spark_fs.online.redis_store import bury_batches, write_batches
 from spark_fs.spec import select
 from tests.online import test_write
 from tests.online.servers import NOON, UTC, batch, redis_process, target_of, view_of
+from tests.online.topologies import PASSWORD, cluster
 
 WRITER, READER = acl.User("w", acl.password_digest("one")), acl.User("r", acl.password_digest("two"))
 #: What anybody may send before a login, and so always.
@@ -57,8 +58,9 @@ def administered(url: str, client: redis.Redis) -> Iterator[str]:
     """A server on which an administrator has piped the statements of project flights into redis-cli."""
     made = acl.statements("flights", WRITER, READER, release=release_of(client))
     answers = piped(url, "".join(f"{statement}\n" for statement in made))
-    assert answers == [redis_store.FUNCTION.decode().replace("_write", ""), "OK", "OK"]
+    assert answers == [script.FUNCTION.decode().replace("_write", ""), "OK", "OK"]
     client.config_resetstat()
+    client.acl_log_reset()
     yield url
     client.function_flush()
     client.acl_deluser("w", "r")
@@ -85,9 +87,9 @@ def used(client: redis.Redis) -> set[str]:
 
 def test_the_function_is_the_script() -> None:
     """One text for both manners, and a name that changes with it."""
-    assert redis_store.SCRIPT.decode() in acl.library()
-    assert acl.library().count(redis_store.FUNCTION.decode()) == 1
-    assert redis_store._DIGEST[:8] in redis_store.FUNCTION
+    assert script.SCRIPT.decode() in script.library()
+    assert script.library().count(script.FUNCTION.decode()) == 1
+    assert script.DIGEST[:8] in script.FUNCTION
 
 
 AGES = timedelta(days=365_000)
@@ -137,7 +139,7 @@ def test_many_calls_go_over_to_the_function(writer: str, client: redis.Redis) ->
     assert client.dbsize() == len(keys)
     stats: Any = client.info("commandstats")
     assert stats["cmdstat_fcall"]["calls"] == 20
-    assert 1 <= stats["cmdstat_evalsha"]["rejected_calls"] <= redis_store.CALLS_IN_FLIGHT
+    assert 1 <= stats["cmdstat_evalsha"]["rejected_calls"] <= redis_store.CALLS_IN_FLIGHT + 1
 
 
 def test_new_rows_by_msetnx_need_no_function(writer: str, client: redis.Redis) -> None:
@@ -157,7 +159,7 @@ def test_a_missing_function_is_told(writer: str, client: redis.Redis) -> None:
     client.acl_setuser("w", enabled=True, commands=["-fcall"])
     with pytest.raises(InvalidError, match=r"SFS-630.*'fcall'.*spark-fs online acl"):
         write_batches(iter([batch([b"a"], n=[1])]), target_of(writer))
-    assert time.monotonic() - began < 2
+    assert time.monotonic() - began < 4
     assert client.dbsize() == 0
 
 
@@ -178,8 +180,8 @@ def test_a_missing_function_is_told(writer: str, client: redis.Redis) -> None:
 def test_what_servers_say_of_scripts_and_functions(told: str, forbids: bool, lacks: bool) -> None:
     """Texts of servers of several releases: only a refusal of the script leads to the function."""
     kind = redis.exceptions.NoPermissionError if "permissions" in told else redis.ResponseError
-    assert redis_store._forbids_scripts(kind(told)) is forbids
-    assert redis_store._lacks_function(kind(told)) is lacks
+    assert script.forbids_scripts(kind(told)) is forbids
+    assert script.lacks_function(kind(told)) is lacks
 
 
 def test_a_writer_of_before_7_0_writes_by_the_script(url: str, client: redis.Redis) -> None:
@@ -211,7 +213,8 @@ def everything_a_writer_does(url: str, client: redis.Redis) -> None:
     assert doctor.clock(url).ok
     assert write_batches(iter([rows]), target, distinct=True).applied == 2
     assert write_batches(iter([batch([b"a", b"c"], NOON + timedelta(hours=1), n=[3, 4])]), target).applied == 2
-    assert write_batches(iter([batch([b"d"], now, n=[5])]), soon).applied == 1
+    waiting = replace(soon, wait_replicas=1, socket_timeout_seconds=0.5)
+    assert write_batches(iter([batch([b"d"], now, n=[5])]), waiting).replicas == 0
     overtaken = write_batches(iter([batch([b"b"], NOON + timedelta(hours=2), n=[6])]), soon)
     assert overtaken.expired == 1
     assert bury_batches(iter([batch([b"c"])]), replace(target, generation=2, restating=True)).applied == 1
@@ -221,7 +224,7 @@ def everything_a_writer_does(url: str, client: redis.Redis) -> None:
     client.delete(codec.redis_key(target.prefix, b"x"))
     leave_token(url, target.prefix, "token")
     assert has_token(url, target.prefix, "token")
-    found = [row for part in compare_rows(iter([rows]), target, frozenset(), now_us()) for row in part.to_pylist()]
+    found = [row for part in compare_rows(iter([rows]), target, frozenset()) for row in part.to_pylist()]
     assert {row["status"] for row in found} == {"ahead", "missing"}
     names = [row["_key"] for part in stored_keys(iter([]), target) for row in part.to_pylist()]
     assert sorted(names) == [b"a", b"d"]
@@ -235,7 +238,9 @@ def everything_a_writer_does(url: str, client: redis.Redis) -> None:
 def test_the_writer_can_do_all_its_work_and_needs_all_it_may(writer: str, client: redis.Redis) -> None:
     """No permission is missing, and none is there that nothing needs."""
     everything_a_writer_does(writer, client)
-    assert set(acl.WRITER) - used(client) <= {"wait"}  # replicas, if there are any, are waited for
+    assert set(acl.WRITER) <= used(client)
+    refused: Any = client.acl_log()
+    assert {entry["object"] for entry in refused} == {"evalsha"}
 
 
 def allowed(client: redis.Redis, user: str) -> set[str]:
@@ -293,7 +298,7 @@ DENIED: list[tuple[Any, ...]] = [
     ("SET", "flight", "x"),
     ("UNLINK", "trains:a"),
     ("LPUSH", "trains:runs", "x"),
-    ("FCALL", redis_store.FUNCTION.decode(), 1, "trains:a", "x", "", "0"),
+    ("FCALL", script.FUNCTION.decode(), 1, "trains:a", "x", "", "0"),
 ]
 
 
@@ -312,7 +317,7 @@ def test_what_neither_may_do(request: pytest.FixtureRequest, client: redis.Redis
 @pytest.mark.parametrize(
     "command",
     [("SET", "flights:a", "x"), ("DEL", "flights:a"), ("LPUSH", "flights:a", "x"), ("GETDEL", "flights:a"),
-     ("PEXPIRE", "flights:a", 1), ("FCALL", redis_store.FUNCTION.decode(), 1, "flights:a", "x", "", "0"), ("SCAN", 0),
+     ("PEXPIRE", "flights:a", 1), ("FCALL", script.FUNCTION.decode(), 1, "flights:a", "x", "", "0"), ("SCAN", 0),
      ("INFO",)],
     ids=lambda command: command[0],
 )  # fmt: skip
@@ -322,6 +327,16 @@ def test_the_reader_can_change_nothing(reader: str, client: redis.Redis, command
     with redis.Redis.from_url(reader) as user, pytest.raises(redis.exceptions.NoPermissionError):
         user.execute_command(*command)
     assert client.get("flights:a") == b"there"
+
+
+def test_keys_of_the_reader_are_for_reading_only(reader: str, client: redis.Redis) -> None:
+    """A command that writes, granted by mistake, finds no key that it may write."""
+    client.set("flights:a", "there")
+    client.acl_setuser("r", enabled=True, commands=["+set", "+get"])
+    with redis.Redis.from_url(reader) as user:
+        assert user.get("flights:a") == b"there"
+        with pytest.raises(redis.exceptions.NoPermissionError):
+            user.set("flights:a", "x")
 
 
 def test_the_reader_reads(writer: str, reader: str) -> None:
@@ -401,6 +416,40 @@ def test_a_replica_gets_the_function_and_needs_the_users(tmp_path: Path) -> None
             assert len(replica.function_list()) == 1
             with OnlineReader(as_user(url, "r", "two")) as low:
                 assert low.read([select(view_of())], [{"origin": "JFK"}]).to_dict()["n"] == [1]
+
+
+def test_the_users_of_a_cluster(tmp_path: Path) -> None:
+    """On each node they do all that there is to do there, and no more: also what its clients ask for by themselves."""
+    with cluster(tmp_path, replicas=False) as nodes:
+        text = "".join(f"{statement}\n" for statement in acl.statements("flights", WRITER, READER))
+        for node in nodes.nodes:
+            assert piped(f"redis://:{PASSWORD}@127.0.0.1:{node.port}/0", text)[1:] == ["OK", "OK"]
+            node.client.config_resetstat()
+        hosts = nodes.url.rpartition("@")[2]
+        (tmp_path / "password").write_text("one")
+        url, keys = f"redis+cluster://w@{hosts}?password_file={tmp_path / 'password'}", [b"%d" % i for i in range(300)]
+        target, rows = target_of(url), batch(keys, n=range(300))
+        assert check_server(url).mode == "cluster"
+        assert write_batches(iter([rows]), target, distinct=True).applied == 300
+        assert write_batches(iter([rows]), target).equal == 300
+        leave_token(url, target.prefix, "token")
+        assert has_token(url, target.prefix, "token")
+        found = [row for part in compare_rows(iter([rows]), target, frozenset()) for row in part.to_pylist()]
+        assert {row["status"] for row in found} == {"equal"}
+        with OnlineReader(f"redis+cluster://r:two@{hosts}") as low:
+            wanted = [{"origin": f"{i}"} for i in range(300)]
+            assert low.read([select(view_of())], wanted).to_dict()["n"] == list(range(300))
+        assert len({row["_key"] for part in stored_keys(iter([]), target) for row in part.to_pylist()}) == 300
+        erased = [codec.redis_key(target.prefix, key) for key in keys[:5]]
+        erase_keys(url, erased)
+        reopen_keys(url, erased)
+        assert delete_prefix(url, target.prefix) == 295
+        for node in nodes.nodes:
+            assert "fcall" in used(node.client)
+            assert {entry["object"] for entry in node.client.acl_log()} == {"evalsha"}  # type: ignore[index]
+            node.client.function_flush()
+        with pytest.raises(InvalidError, match="SFS-630"):
+            write_batches(iter([rows]), target)
 
 
 # ---- the command

@@ -152,7 +152,7 @@ def test_a_password_that_does_not_fit_ends_a_write_at_once(
         reader.read(*REQUEST)
     with pytest.raises(InvalidError, match="SFS-602") as checked:
         check_server(target.url)
-    assert time.monotonic() - began < 1
+    assert time.monotonic() - began < 4  # the tries of a write that waits take more than six
     texts = [repr(target), repr(reader), str(translate(raw.value))]
     for caught in (raw, written, read, checked):
         shown = "".join(traceback.TracebackException.from_exception(caught.value, capture_locals=False).format(chain=True))

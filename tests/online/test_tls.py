@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime as dt
 import ipaddress
+import subprocess
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -20,18 +21,18 @@ from cryptography.x509.oid import NameOID
 
 from spark_fs import doctor
 from spark_fs.errors import SparkFSError, UnavailableError, without_secrets
-from spark_fs.online import redis_store
+from spark_fs.online import connect, redis_store
 from spark_fs.online.connect import check_server, leave_token
 from spark_fs.online.executor import publish_rows
 from spark_fs.online.read import OnlineReader
 from spark_fs.online.redis_store import write_batches
 from spark_fs.online.trust import is_loopback
 from spark_fs.spec import select
-from tests.online.servers import UTC, batch, free_port, redis_process, target_of, view_of
+from tests.online.servers import UTC, batch, free_port, redis_binary, redis_process, target_of, view_of
 
 DAY = dt.timedelta(days=1)
 #: Longer than any refusal may take, and shorter than the tries of a write that waits for a server.
-AT_ONCE_SECONDS = 2.0
+AT_ONCE_SECONDS = 4.0
 
 
 @dataclass(frozen=True)
@@ -103,11 +104,13 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> World:
 
 
 @contextmanager
-def tls_server(folder: Path, authority: Signed, own: Signed, clients: str = "no") -> Iterator[tuple[str, redis.Redis]]:
+def tls_server(
+    folder: Path, authority: Signed, own: Signed, clients: str = "no", *more: str
+) -> Iterator[tuple[str, redis.Redis]]:
     """A server with a port for TLS: its address by that, and a client that looks into it by the plain one."""
-    port = free_port()
+    port = next(port for port in iter(free_port, None) if port < 55_000)  # a cluster takes that 10,000 above as well
     options = ["--tls-port", str(port), "--tls-cert-file", str(own.certificate), "--tls-key-file", str(own.key)]
-    options += ["--tls-ca-cert-file", str(authority.certificate), "--tls-auth-clients", clients]
+    options += ["--tls-ca-cert-file", str(authority.certificate), "--tls-auth-clients", clients, *more]
     folder.mkdir(exist_ok=True)
     with redis_process(folder, *options) as plain, redis.Redis.from_url(plain) as admin:
         yield f"rediss://127.0.0.1:{port}/0", admin
@@ -277,6 +280,70 @@ def test_a_name_need_not_fit_where_the_authority_is_ones_own(world: World, serve
     refused(
         url + files(ssl_ca_certs=world.stranger.certificate) + "&ssl_check_hostname=false", admin, "SFS-631", "verify failed"
     )
+
+
+@pytest.fixture(scope="module")
+def clustered(world: World, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, redis.Redis]]:
+    """A cluster of one node that wants client certificates."""
+    folder = tmp_path_factory.mktemp("cluster")
+    with tls_server(folder, world.authority, world.right, "yes", "--cluster-enabled", "yes", "--tls-cluster", "yes") as (
+        url,
+        admin,
+    ):
+        admin.execute_command("CLUSTER", "ADDSLOTSRANGE", 0, 16383)
+        deadline = time.monotonic() + 20
+        while admin.execute_command("CLUSTER INFO")["cluster_state"] != "ok" and time.monotonic() < deadline:
+            time.sleep(0.02)
+        yield url.replace("rediss://", "rediss+cluster://").removesuffix("/0"), admin
+
+
+@pytest.fixture(scope="module")
+def watched(world: World, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, redis.Redis]]:
+    """A server and a sentinel that names it, both by TLS and with client certificates."""
+    folder, port = tmp_path_factory.mktemp("sentinel"), free_port()
+    keys = {"cert-file": world.right.certificate, "key-file": world.right.key, "ca-cert-file": world.authority.certificate}
+    with tls_server(folder / "server", world.authority, world.right, "yes") as (url, admin):
+        master = url.rpartition(":")[2].removesuffix("/0")
+        lines = [
+            "port 0",
+            f"tls-port {port}",
+            "tls-replication yes",
+            f"dir {folder}",
+            f"sentinel monitor one 127.0.0.1 {master} 1",
+        ]
+        (folder / "sentinel.conf").write_text("\n".join([*lines, *(f"tls-{name} {path}" for name, path in keys.items())]))
+        process = subprocess.Popen([redis_binary(), str(folder / "sentinel.conf"), "--sentinel"], stdout=subprocess.DEVNULL)
+        try:
+            yield f"rediss+sentinel://127.0.0.1:{port}/one/0", admin
+        finally:
+            process.kill()
+            process.wait()
+
+
+@pytest.mark.parametrize("kind", ["clustered", "watched"])
+def test_nodes_of_a_cluster_and_sentinels_are_judged_as_well(
+    world: World, request: pytest.FixtureRequest, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All connections go by TLS with the same files, those to sentinels too, and are refused for the same reasons."""
+    monkeypatch.setattr(connect, "FAILOVER_SECONDS", 5.0)
+    url, admin = request.getfixturevalue(kind)
+    own, view = {"ssl_certfile": world.client.certificate, "ssl_keyfile": world.client.key}, view_of()
+    right = url + files(ssl_ca_certs=world.authority.certificate, **own)
+    deadline = time.monotonic() + 20
+    while True:  # a sentinel that has just started knows no master yet
+        try:
+            assert check_server(right).used_bytes > 0
+            break
+        except UnavailableError:
+            assert time.monotonic() < deadline
+    assert write_batches(iter([batch([b"a"], n=[1])]), target_of(right)).applied == 1
+    with OnlineReader(right) as reader:
+        assert reader.read([select(view)], [{"origin": "a"}]).to_dict()["n"] == [1]
+    admin.flushall()
+    refused(url + files(ssl_ca_certs=world.stranger.certificate, **own), admin, "SFS-631", "certificate verify failed")
+    refused(url + files(ssl_ca_certs=world.authority.certificate), admin, "SFS-631", "certificate required")
+    with pytest.raises(SparkFSError, match="SFS-632"):
+        check_server(url.replace("127.0.0.1", "redis.example.com") + "?ssl_cert_reqs=none")
 
 
 def test_a_server_that_goes_away_in_the_middle_of_tls_is_waited_for(world: World, tmp_path: Path) -> None:

@@ -1,0 +1,48 @@
+"""How a command that runs a job ends: the exit code is the job's, and what stops the command stops the job."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from spark_fs.errors import ExitCode
+from spark_fs.submit import SubmitCommand
+
+#: A command that says when its job runs; the job takes a minute if nobody stops it.
+COMMAND = """\
+import sys
+from spark_fs import console
+from spark_fs.submit import SubmitCommand
+
+job = "import os, time; print(os.getpid(), flush=True); time.sleep(60)"
+sys.exit(console.run(lambda: SubmitCommand((sys.executable, "-c", job)).run()))
+"""
+
+
+@pytest.mark.parametrize(("script", "code"), [("exit 0", 0), ("exit 7", 7), ("kill -9 $$", 137), ("kill -15 $$", 143)])
+def test_the_exit_code_is_that_of_the_job_as_a_shell_gives_it(script: str, code: int) -> None:
+    """What a signal has ended is 128 and the signal's number."""
+    assert SubmitCommand(("sh", "-c", script)).run() == code
+
+
+def test_sigterm_ends_the_job_too() -> None:
+    """Sent to the command alone, as a scheduler does: the job gets it, and the exit code says so."""
+    with subprocess.Popen([sys.executable, "-c", COMMAND], stdout=subprocess.PIPE, text=True) as command:
+        assert command.stdout is not None
+        job = int(command.stdout.readline())
+        os.kill(command.pid, signal.SIGTERM)
+        assert command.wait(timeout=30) == ExitCode.TERMINATED
+    assert not Path(f"/proc/{job}").exists()
+
+
+def test_a_command_without_a_job_ends_by_sigterm_as_by_control_c() -> None:
+    """It says that what was finished is kept, and gives its own code for each."""
+    script = "import os, signal, sys; from spark_fs import console; sys.exit(console.run(lambda: os.kill(os.getpid(), {})))"
+    for sent, code in ((signal.SIGTERM, ExitCode.TERMINATED), (signal.SIGINT, ExitCode.INTERRUPTED)):
+        done = subprocess.run([sys.executable, "-c", script.format(int(sent))], capture_output=True, text=True, check=False)
+        assert (done.returncode, done.stderr.partition(";")[0]) == (code, "Interrupted")
