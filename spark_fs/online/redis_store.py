@@ -40,7 +40,7 @@ ENCODE_BYTES = 4 * 1024 * 1024
 #: as much memory is taken by it.
 SORT_BYTES = 32 * 1024 * 1024
 #: Tries in a row without one answer before a write to a single server gives up; with the growing pause between
-#: them some 6 seconds. Where replicas can take over it is ``links.FAILOVER_SECONDS``.
+#: them some 6 seconds. Where replicas can take over it is ``connect.FAILOVER_SECONDS``.
 MAX_FAILURES = 7
 
 
