@@ -585,15 +585,24 @@ def test_a_restated_row_that_is_gone_uncovers_the_newest(fs: FeatureStore, folde
     assert fs.audit()[0].ok
 
 
-def test_a_run_that_was_stopped_goes_on_with_the_buckets_that_are_left(tmp_path: Path, spark: SparkSession) -> None:
+def test_a_run_that_was_stopped_goes_on_with_the_buckets_that_are_left(
+    tmp_path: Path, spark: SparkSession, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """What was confirmed before the server was full is not sent again; the ledger has both runs, bucket by bucket."""
+    monkeypatch.setattr("spark_fs.dispatch._TASK_BYTES", 1)  # a task for each bucket, small as they are
     with redis_process(tmp_path) as url, redis.Redis.from_url(url) as client:
         fs = open_project(tmp_path, SPEND, spark, settings=f"online:\n  url: {url}\noffline:\n  buckets: 16\n")
         fs.apply()
         put(tmp_path, [(user, START, user) for user in range(20_000)])
         fs.build(end=END)
-        client.config_set("maxmemory", client.info()["used_memory"] + 1_000_000)
-        with pytest.raises(SparkFSError, match="SFS-603") as caught:
+
+        def look(demand: Demand, count_new_keys: Callable[[], int]) -> Demand:
+            """Finds room enough, which others have taken a moment later."""
+            client.config_set("maxmemory", client.info()["used_memory"] + 1_000_000)
+            return check_capacity(demand, count_new_keys)
+
+        with monkeypatch.context() as room, pytest.raises(SparkFSError, match="SFS-603") as caught:
+            room.setattr("spark_fs.room.check_capacity", look)
             fs.materialize_incremental(END)
         view = fs.registry.state().require_view("spend")
         (left,) = fs.registry.ledger.unfinished(view)
