@@ -108,7 +108,11 @@ class FeatureTable:
         return schema.add("_bucket", IntegerType(), metadata={"buckets": buckets})
 
     def buckets(self, version: int | None = None) -> int:
-        """The number of buckets at a version (default: the newest). Starts no job."""
+        """The number of buckets at a version (default: the newest)."""
+        _, layout, _ = read_layout(self.path, version)
+        if layout is not None:
+            return layout.buckets
+        # A Spark job over Delta's log, where that version was not read before.
         return int(self.read(version).schema["_bucket"].metadata["buckets"])
 
     def version(self) -> int:
