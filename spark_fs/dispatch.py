@@ -32,9 +32,7 @@ def within_any(intervals: Sequence[Interval]) -> SparkColumn:
     return reduce(or_, map(within, intervals))
 
 
-def files_in_place(
-    table: FeatureTable, version: int, log: Sequence[Commit], interval: Interval
-) -> tuple[DataFile, ...] | None:
+def files_in_place(table: FeatureTable, version: int, log: Sequence[Commit], interval: Interval) -> tuple[DataFile, ...] | None:
     """The data files with rows of the interval, if each can be read by itself; else None. Starts no job.
 
     That is where all are known to be sorted and each bucket has one of them, so that no two share a key: the rows of one
@@ -60,8 +58,8 @@ def publish_files(
 ) -> tuple[WriteCounts, int]:
     """Publish data files where they lie: no rows pass through the JVM and none are shuffled. Counts and rows read.
 
-    The files are those of ``files_in_place``; a task takes one, or several small ones. ``confirmed`` is told each bucket that is written (see ``executor.Confirmed``);
-    those in ``done`` are left out.
+    The files are those of ``files_in_place``; a task takes one, or several small ones. ``confirmed`` is told each bucket that is
+    written (see ``executor.Confirmed``); those in ``done`` are left out.
     """
     left = [file for file in files if file.bucket not in done]
     if not left:
