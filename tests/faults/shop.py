@@ -39,8 +39,8 @@ from tests.project import open_project
 #: All payments lie in [START, END): the older one of each user before MIDDLE, the newer one after it.
 END = datetime.now(timezone.utc).replace(minute=0, second=0, microsecond=0)
 MIDDLE, START = END - timedelta(days=10), END - timedelta(days=20)
-USERS = 100_000
-BUCKETS = 16
+USERS = 60_000
+BUCKETS = 8
 #: Of each connection, in bytes a second: so slow that a run takes many seconds, and nothing times out.
 SLOW = 250_000.0
 
@@ -176,7 +176,7 @@ class Shop:
         """Publish all by ``spark-fs``, slowly; it is in the middle of its writing."""
         self.slow()
         command = self.start()
-        self.await_calls()
+        self.await_rows()
         return command
 
     def told(self) -> str:
@@ -240,7 +240,7 @@ class Shop:
         return {int(name.rpartition(b":")[2]): decode(value)[0] for name, value in rows if len(value) > codec.HEADER.size}
 
     def calls(self) -> int:
-        """How many calls that write rows the server has done since it was started."""
+        """How many calls with rows the server has answered since it was started, whatever became of the rows."""
         stats: Any = self.client.info("commandstats")
         return sum(stats.get(f"cmdstat_{name}", {"calls": 0})["calls"] for name in ("msetnx", "evalsha", "eval"))
 
@@ -252,10 +252,15 @@ class Shop:
         """Let all pass as it comes."""
         self.proxy.bytes_per_second = float("inf")
 
-    def await_calls(self, more: int = 12) -> None:
-        """Return once so many more calls are done: a slow run is in its middle then, with tasks under way and to come."""
-        until_then = self.calls() + more
-        until(lambda: self.calls() >= until_then)
+    def written(self) -> int:
+        """How many rows the server has written since it was started; those that changed nothing do not count."""
+        stats: Any = self.client.info("persistence")
+        return int(stats["rdb_changes_since_last_save"])
+
+    def await_rows(self, more: int = USERS // 10) -> None:
+        """Return once so many more rows are written: a slow run is in its middle then, with tasks under way and to come."""
+        enough = self.written() + more
+        until(lambda: self.written() >= enough)
 
     def writers(self) -> set[Writer]:
         """The Python workers that write rows now."""
@@ -268,7 +273,7 @@ class Shop:
         lasting: set[Writer] = set()
         while not lasting:
             before = self.writers()
-            self.await_calls(6)  # there are two writers, and a task has twice as many calls
+            self.await_rows(USERS // BUCKETS // 2)  # there are two writers at a time: a quarter of a task of each
             lasting = before & self.writers()
         return min(lasting, key=lambda writer: writer.pid)
 
@@ -297,4 +302,6 @@ def _end(command: subprocess.Popen[str]) -> None:
     """Kill what is left of a command that was started: only where a test has failed is there anything."""
     kill_driver(command)
     command.kill()
-    command.communicate()
+    command.wait()
+    if command.stdout:
+        command.stdout.close()

@@ -62,7 +62,8 @@ def test_a_command_that_is_told_to_stop_leaves_nothing_behind(
     shop.fast()
     shop.assert_nothing_is_left(command)
     assert shop.published() is None
-    assert [run["state"] for run in shop.fs.registry.runs() if run["kind"] == "materialize"] == ["interrupted"]
+    (run,) = [run for run in shop.fs.registry.runs() if run["kind"] == "materialize"]
+    assert run["state"] in ("interrupted", "failed")  # by SIGTERM Spark may be gone first
     shop.settle()
 
 
@@ -74,7 +75,7 @@ def test_a_backfill_and_a_newer_run_at_once_end_as_one(shop: Shop, first: str) -
         halves.reverse()
     shop.slow()
     command = shop.start(*halves[0])
-    shop.await_calls()
+    shop.await_rows()
     run = shop.begin_beside(*halves[1])
     until(lambda: run.done() or len(shop.writers()) > 2)  # neither has more than two
     assert not run.done()

@@ -18,7 +18,7 @@ def test_a_server_that_comes_back_empty_is_noticed(shop: Shop, before: str) -> N
         shop.fs.materialize(START, MIDDLE)
     shop.slow()
     run = shop.begin()
-    shop.await_calls()
+    shop.await_rows()
     shop.kill_server()
     shop.start_server()
     shop.fast()
