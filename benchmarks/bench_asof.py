@@ -3,9 +3,10 @@
     python -m benchmarks.bench_asof [--only medium,deep,…] [--runs N] [--scale F] [--fresh] [--report] [--cache FOLDER]
 
 Arms: our ``colocated`` and ``window``; ``range``, the plan shape of Feast; ``shuffle``, what any plan that shuffles must
-pay; DuckDB and polars on the same Parquet files. All run on two cores, each engine in a process of its own, one at a time
-and in turns, warm: the first run of each is not counted, nor are two more of the quicker arms and one before each that counts;
-one that takes more than five minutes is run once, and counts.
+pay; DuckDB and polars on the same Parquet files. All run on two cores, each engine in a process of its own (our
+``colocated`` as well: the other plans of Spark share one), one at a time and in turns, warm: the first run of each is not
+counted, nor are two more of the quicker arms and one before each that counts; one that takes more than five minutes is run
+once, and counts.
 Ratios are taken between runs of the same round. Ours are timed from the request on: registry, count of the spine, plan, join.
 The sums over all columns must agree between the arms, else the benchmark ends at once.
 

@@ -23,10 +23,8 @@ def main(arguments: list[str]) -> int:
             results, error = console.results_of(lambda: store.audit(options.view, sample=sample))
         as_json = options.output == "json"
         rows = [result.to_json() for result in results] if as_json else [row for result in results for row in result.to_rows()]
-        console.show(rows, options.output, title="Audited", empty="Nothing was published yet.")
         console.say(summary_text(results))
-        if error:
-            raise error
+        console.report(rows, error, options.output, title="Audited", empty="Nothing was published yet.")
         return ExitCode.OK if all(result.ok for result in results) else ExitCode.QUALITY_GATE
 
     return console.run(act, debug=options.debug)

@@ -19,12 +19,10 @@ def main(arguments: list[str]) -> int:
             results, error = console.results_of(lambda: store.build(options.view, options.start, options.end))
         empty = "Nothing to build: every interval up to now is there."
         rows = [result.to_json() if options.output == "json" else result.to_row() for result in results]
-        console.show(rows, options.output, title="Built", empty=empty)
         for result in results:
             if result.optimize_error:
                 console.say(f"{result.view} is built, but was not optimized: {result.optimize_error}")
-        if error:
-            raise error
+        console.report(rows, error, options.output, title="Built", empty=empty)
         return ExitCode.OK
 
     return console.run(act, debug=options.debug)

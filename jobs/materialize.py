@@ -22,9 +22,7 @@ def main(arguments: list[str]) -> int:
                 results, error = console.results_of(lambda: store.materialize(options.start, options.end, options.view, **how))
             else:
                 results, error = console.results_of(lambda: store.materialize_incremental(options.end, options.view))
-        console.show([result.to_json() for result in results], options.output, title="Materialized")
-        if error:
-            raise error
+        console.report([result.to_json() for result in results], error, options.output, title="Materialized")
         return ExitCode.OK
 
     return console.run(act, debug=options.debug)

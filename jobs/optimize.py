@@ -19,9 +19,8 @@ def main(arguments: list[str]) -> int:
         with console.progress(store.spark):
             results, error = console.results_of(lambda: store.optimize(options.view, buckets))
         empty = "Nothing to optimize: no feature table is built yet."
-        console.show([result.to_json() for result in results], options.output, title="Optimized", empty=empty)
-        if error:
-            raise error
+        rows = [result.to_json() for result in results]
+        console.report(rows, error, options.output, title="Optimized", empty=empty)
         return ExitCode.OK
 
     return console.run(act, debug=options.debug)

@@ -19,9 +19,7 @@ def main(arguments: list[str]) -> int:
         with console.progress(store.spark):
             results, error = console.results_of(lambda: store.repair(options.view))
         rows = [result.to_json() for result in results]
-        console.show(rows, options.output, title="Repaired", empty="Nothing was published yet.")
-        if error:
-            raise error
+        console.report(rows, error, options.output, title="Repaired", empty="Nothing was published yet.")
         return ExitCode.OK
 
     return console.run(act, debug=options.debug)

@@ -12,12 +12,15 @@ from typing import Any
 from pyspark.sql import DataFrame
 from pyspark.sql import functions as F
 
+from spark_fs.dispatch import extra_keys, newest_rows, within_any
+from spark_fs.errors import SparkFSError
 from spark_fs.intervals import UTC
-from spark_fs.materialize import extra_keys, newest_rows, within_any
-from spark_fs.offline.tables import FeatureTable
+from spark_fs.offline.table_log import changed_since
+from spark_fs.offline.tables import FeatureTable, is_version_gone
 from spark_fs.online import compare
 from spark_fs.online.redis_store import OnlineTarget
 from spark_fs.registry import Registry
+from spark_fs.spec import ViewSpec
 
 #: What a feature's values may be, in the order shown.
 STATUSES = (
@@ -68,21 +71,24 @@ def audit_view(
     for rows that should not be there. Appends what it finds to the Delta table at ``path``: audit_id, at, view, and for each
     fault key (bytes), feature (null: the row as a whole), status, expected and found as text. A run that publishes meanwhile
     shows as ``ahead``.
+
+    Raises SparkFSError SFS-622 where the version that was published last is gone, and builds have changed rows since.
     """
     began, view, audit_id = time.monotonic(), table.view, uuid.uuid4().hex[:12]
     known = registry.published(view)
     if known is None:
         return None
     target = replace(target, erased=registry.erased(view))
-    expected = newest_rows(view, table.read(known.table_version).where(within_any(known.intervals)))
-    compared = expected if sample is None else expected.orderBy(F.rand()).limit(sample)
-    judge = partial(compare.compare_rows, target=target, restated=registry.restated(view), now_us=compare.now_us())
-    found = compared.mapInArrow(judge, compare.FINDINGS)
-    if sample is None:
-        status = {"status": F.lit(compare.EXTRA), "rows": F.lit(1).cast("bigint")}
-        found = found.unionByName(extra_keys(expected, target).withColumnRenamed("_key", "key").withColumns(status), True)
-    marked = found.withColumns({"audit_id": F.lit(audit_id), "at": F.lit(datetime.now(UTC)), "view": F.lit(view.reference)})
-    marked.write.format("delta").mode("append").save(path)
+    log = table.commits()
+    # A version with the same rows, whose files are there for sure: upkeep and VACUUM may have taken those of the other.
+    version = known.table_version if changed_since(log, known.table_version) != [] else log[0].version
+    try:
+        expected = newest_rows(view, table.read(version).where(within_any(known.intervals)))
+        _compare(expected, target, registry.restated(view), view, audit_id, path, sample)
+    except Exception as error:
+        if not is_version_gone(error):
+            raise
+        raise _gone(view, version) from error
     counts = _counts(table.spark.read.format("delta").load(path).where(F.col("audit_id") == audit_id))
     features = {
         feature: {status: counts.get((feature, status), 0) for status in STATUSES if status != compare.EXTRA}
@@ -90,13 +96,41 @@ def audit_view(
     }
     return AuditResult(
         view=view.reference,
-        table_version=known.table_version,
+        table_version=version,
         keys=sum(next(iter(features.values())).values()),
         extra=counts.get((None, compare.EXTRA), 0),
         features=features,
         findings=path,
         audit_id=audit_id,
         seconds=round(time.monotonic() - began, 3),
+    )
+
+
+def _compare(
+    expected: DataFrame,
+    target: OnlineTarget,
+    restated: frozenset[int],
+    view: ViewSpec,
+    audit_id: str,
+    path: str,
+    sample: int | None,
+) -> None:
+    """Let the executors compare, and note what they find."""
+    compared = expected if sample is None else expected.orderBy(F.rand()).limit(sample)
+    found = compared.mapInArrow(partial(compare.compare_rows, target=target, restated=restated), compare.FINDINGS)
+    if sample is None:
+        status = {"status": F.lit(compare.EXTRA), "rows": F.lit(1).cast("bigint")}
+        found = found.unionByName(extra_keys(expected, target).withColumnRenamed("_key", "key").withColumns(status), True)
+    marked = found.withColumns({"audit_id": F.lit(audit_id), "at": F.lit(datetime.now(UTC)), "view": F.lit(view.reference)})
+    marked.write.format("delta").mode("append").save(path)
+
+
+def _gone(view: ViewSpec, version: int) -> SparkFSError:
+    return SparkFSError.of(
+        "SFS-622",
+        f"Version {version} of the feature table of '{view.reference}', which was published last, is gone.",
+        why="Its log or its files were cleaned up, and builds have changed rows since: what should be online cannot be told.",
+        fix=f"run spark-fs repair {view.reference}, which publishes the newest version and removes all else",
     )
 
 

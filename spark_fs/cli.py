@@ -313,16 +313,19 @@ def dataset_verify(context: click.Context, name: str, version: int | None, outpu
     submit_job(context, "dataset_verify", arguments, output, print_only=print_only)
 
 
-@main.command()
+@main.group(invoke_without_command=True)
 @click.option("--limit", default=20, show_default=True, help="How many.")
 @output_option
 @click.pass_context
 def runs(context: click.Context, limit: int, output: str) -> None:
-    r"""List the latest builds and materializations and how they ended.
+    r"""List the latest builds and materializations and how they ended; ``runs show`` shows one of them.
 
     \b
-    Example:  spark-fs runs --limit 5
+    Examples:  spark-fs runs --limit 5
+               spark-fs runs show 3f9c2a1b7d40
     """
+    if context.invoked_subcommand:
+        return
 
     def act() -> None:
         names = ("run_id", "kind", "subject", "state", "started_at", "finished_at")
@@ -330,6 +333,31 @@ def runs(context: click.Context, limit: int, output: str) -> None:
         if output == "table":
             found = [{name: run[name] for name in names} for run in found]
         console.show(found, output, empty="No runs yet.")
+
+    run(context, act)
+
+
+@runs.command("show")
+@click.argument("run_id")
+@output_option
+@click.pass_context
+def runs_show(context: click.Context, run_id: str, output: str) -> None:
+    r"""Show one run: what it published of which table version, and what became of the rows, bucket by bucket.
+
+    \b
+    Example:  spark-fs runs show 3f9c2a1b7d40
+    """
+
+    def act() -> None:
+        found, publications = open_store(context).run(run_id)
+        if output == "json":
+            click.echo(json.dumps({**found, "publications": publications}, indent=2, ensure_ascii=False, default=str))
+            return
+        console.show([{"run": name, "value": str(value)} for name, value in found.items() if name != "details"], output)
+        for publication in publications:
+            told = {name: str(value) for name, value in publication.items() if name != "buckets"}
+            console.show([{"publication": name, "value": value} for name, value in told.items()], output)
+            console.show(publication["buckets"], output, empty="No bucket is confirmed yet.")
 
     run(context, act)
 
@@ -347,7 +375,7 @@ def destroy(context: click.Context, view: str, yes: bool, output: str) -> None:
     """
 
     def act() -> None:
-        from spark_fs.store import parse_reference
+        from spark_fs.names import parse_reference
 
         name, version = parse_reference(view)
         if not yes:

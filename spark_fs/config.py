@@ -12,9 +12,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
+from urllib.parse import quote
 
 import yaml
-from pydantic import BaseModel, ConfigDict, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, ValidationError, field_validator, model_validator
 from pydantic import Field as Setting
 
 from spark_fs.errors import InvalidError, Problem, did_you_mean
@@ -67,10 +68,31 @@ class OnlineConfig(_Section):
     """The online store."""
 
     url: str = Setting(
-        "embedded", repr=False, description="'embedded', redis://host:port/0 or rediss://user:${PASSWORD}@host:port/0"
+        "embedded",
+        repr=False,
+        description="'embedded', redis://host:port/0, redis+sentinel://host:port,host:port/service/0 or "
+        "redis+cluster://host:port,host:port; rediss instead of redis for TLS, user:${PASSWORD}@ before the hosts",
+    )
+    password_file: str | None = Setting(
+        None,
+        description="file with the password for online.url, read again at each new connection; relative to the project, and at "
+        "the same place on every machine that connects",
     )
     port: int = Setting(0, ge=0, le=65535, description="port of the embedded server; 0 takes a free one")
     timeout_seconds: float = Setting(5.0, gt=0, description="longest wait for an answer of the server")
+    wait_replicas: int = Setting(
+        0, ge=0, description="at its end a task waits, up to two seconds, for so many replicas to have its rows; 0: for none"
+    )
+    lease_wait_seconds: float = Setting(300.0, ge=0, description="longest wait for another run of the same view")
+
+    @model_validator(mode="after")
+    def _one_password(self) -> OnlineConfig:
+        if self.password_file is not None:
+            if self.url == "embedded":
+                raise ValueError("password_file is for a server of your own: the embedded one keeps its password itself")
+            if re.search(r"://[^/]*:[^/]+@|[?&]password=", self.url):
+                raise ValueError("The url has a password, and there is a password_file: drop one of them")
+        return self
 
 
 class BuildConfig(_Section):
@@ -133,6 +155,14 @@ class Environment:
         if url == "sqlite":
             return f"sqlite:///{self.state_dir / 'registry.db'}"
         return url.replace("postgresql://", "postgresql+psycopg://", 1)
+
+    @property
+    def online_url(self) -> str:
+        """The online store's URL (may hold a secret), with the password file as its parameter; or ``embedded``."""
+        online = self.config.online
+        if online.password_file is None:
+            return online.url
+        return f"{online.url}{'&' if '?' in online.url else '?'}password_file={quote(self.resolve(online.password_file))}"
 
     def resolve(self, path: str) -> str:
         """An absolute path or URI: relative paths are relative to the project folder."""

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stdout
 from typing import TYPE_CHECKING, Any
 
-from spark_fs.errors import ExitCode, PartlyDoneError, SparkFSError, translate
+from spark_fs.errors import ExitCode, InterruptedRunError, PartlyDoneError, SparkFSError, translate
 
 if TYPE_CHECKING:
     from pyspark.sql import SparkSession
@@ -130,12 +130,31 @@ def _results() -> Iterator[None]:
         yield
 
 
-def results_of(act: Callable[[], Sequence[Any]]) -> tuple[list[Any], SparkFSError | None]:
-    """The results of an act over several views, and the error if only some of them finished."""
+def results_of(act: Callable[[], Sequence[Any]]) -> tuple[list[Any], BaseException | None]:
+    """The results of an act over several views, and what stopped it before all were finished."""
     try:
         return list(act()), None
-    except PartlyDoneError as error:
+    except (PartlyDoneError, InterruptedRunError) as error:
         return list(error.results), error
+    except SparkFSError as error:
+        if not error.unfinished:
+            raise
+        return [], error
+
+
+def report(
+    rows: Sequence[Mapping[str, Any]], error: BaseException | None, output: str, *, title: str, empty: str = "Nothing to show."
+) -> None:
+    """Show the rows of what has finished, then what has not, as a second table (in JSON as more rows); raises the error."""
+    unfinished: Sequence[Mapping[str, Any]] = getattr(error, "unfinished", ())
+    if output == "json":
+        show([*rows, *unfinished], output)
+    elif rows or not error:
+        show(rows, output, title=title, empty=empty)
+    if unfinished and output != "json":
+        show(unfinished, output, title="Not finished")
+    if error:
+        raise error
 
 
 @contextmanager

@@ -79,6 +79,7 @@ def run(*, state_dir: Path, offline_root: str, registry_url: str, online_url: st
         folder("offline store", offline_root),
         registry(registry_url),
         online_store(online_url),
+        online_link(online_url),
         clock(online_url),
         time_zone(),
     ]
@@ -287,6 +288,24 @@ def online_store(url: str | None) -> Check:
     return Check("online store", True, f"{report.kind} {report.version} {report.mode}, {memory}")
 
 
+def online_link(url: str | None) -> Check:
+    """Whether others could read on the way what goes to the online store; not judged, for the network may be one's own."""
+    from spark_fs.online.trust import is_loopback
+
+    name = "online link"
+    found = re.match(r"(\w+)(?:\+\w+)?://(?:([^/?]*)@)?([^/?]*)", url or "")
+    if url is None or found is None:
+        return Check(name, None, "not known where the online store is")
+    scheme, login, hosts = found.groups()
+    away = [host for host in (re.sub(r":\d+$", "", host).strip("[]") for host in hosts.split(",")) if not is_loopback(host)]
+    if scheme == "unix" or not away:
+        return Check(name, True, "does not leave this machine")
+    if scheme == "rediss":
+        return Check(name, True, f"TLS to {', '.join(away)}")
+    what = "the password and all features" if login or "password" in url else "all features"
+    return Check(name, None, f"{what} go to {', '.join(away)} in the clear; use rediss:// where the network is not yours alone")
+
+
 def clock(online_url: str | None) -> Check:
     """This machine's clock against the online store's: values expire by the one and are written by the other.
 
@@ -308,11 +327,11 @@ def clock(online_url: str | None) -> Check:
 def _server_seconds(url: str | None) -> float | None:
     if url is None:
         return None
-    from spark_fs.online.connect import open_client, redis_errors
+    from spark_fs.online.connect import masters, open_client, redis_errors
 
     try:
         with redis_errors(), open_client(url, socket_timeout_seconds=_TIMEOUT_SECONDS) as client:
-            reply: Any = client.time()
+            reply: Any = masters(client)[0].time()
     except SparkFSError:
         return None
     seconds, micros = reply

@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from enum import IntEnum
+from typing import Any
 
 
 class ExitCode(IntEnum):
@@ -51,6 +52,8 @@ class SparkFSError(Exception):
 
     exit_code: ExitCode = ExitCode.FAILED
     retryable: bool = False
+    #: What did not finish, of a run over several views: a row with view and state for each.
+    unfinished: Sequence[Mapping[str, Any]] = ()
 
     def __init__(self, *problems: Problem) -> None:
         super().__init__(*problems)
@@ -102,6 +105,18 @@ class PartlyDoneError(SparkFSError):
         self.results = tuple(results)
 
 
+class InterruptedRunError(KeyboardInterrupt):
+    """Ctrl-C during a run over several views: the results of those that had finished, and a row for each that had not."""
+
+    def __init__(self, results: Sequence[object], unfinished: Sequence[Mapping[str, Any]]) -> None:
+        super().__init__()
+        self.results, self.unfinished = tuple(results), tuple(unfinished)
+
+
+#: Our errors that a worker may raise and the driver knows by name: whether trying again may help goes by the class.
+_KINDS = {kind.__name__: kind for kind in (InvalidError, ConflictError, UnavailableError)}
+
+
 def did_you_mean(word: str, known: Iterable[str]) -> str:
     """A hint naming the known words: the closest first when one is close, else all of them (at most ten)."""
     names = sorted(set(known))
@@ -114,14 +129,16 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
     return f"{hint}Known: {listed or 'none'}."
 
 
-#: One of our own errors inside the text of another: what a Spark executor raised reaches the driver so.
-_OURS_IN_TEXT = re.compile(r"\[(SFS-\d{3})\] ([^\n]+)")
+#: One of our own errors inside the text of another, after its class or not: what a Spark executor raised reaches the driver so.
+_OURS_IN_TEXT = re.compile(r"(?:spark_fs\.errors\.(\w+): )?\[(SFS-\d{3})\] ([^\n]+)")
 _SECRET_IN_URL = re.compile(r"(?<=://)[^/\s]*@")
+#: A parameter of a URL, such as ``ssl_password=…``; a path in ``password_file=…`` is none.
+_SECRET_PARAMETER = re.compile(r"(?i)([?&]\w*(?:password|passwd|pwd|secret|token)=)[^&\s]*")
 
 
 def without_secrets(text: str) -> str:
-    """The text with the user and password part of every URL replaced by ``***@``."""
-    return _SECRET_IN_URL.sub("***@", text)
+    """The text with the user and password part of every URL replaced by ``***@``, and passwords among its parameters too."""
+    return _SECRET_PARAMETER.sub(r"\1***", _SECRET_IN_URL.sub("***@", text))
 
 
 #: The trace of a Python worker in the text of Spark's error; the line after its frames says what happened.
@@ -140,7 +157,8 @@ def _redis_unreachable(error: BaseException) -> SparkFSError:
         "SFS-601",
         "The online store cannot be reached.",
         why=summary(error),
-        fix="check online.url and that the server runs (spark-fs doctor; for the embedded one: spark-fs online start)",
+        fix="check online.url (rediss:// for a port with TLS, redis:// for one without) and that the server runs "
+        "(spark-fs doctor; for the embedded one: spark-fs online start)",
     )
 
 
@@ -149,7 +167,38 @@ def _redis_refused_login(error: BaseException) -> SparkFSError:
         "SFS-602",
         "The online store refused the login.",
         why=summary(error),
-        fix="check the user and password that online.url refers to",
+        fix="check the user and the password that online.url or online.password_file gives, and what the user may do "
+        "(spark-fs online acl)",
+    )
+
+
+_NAME_AUTHORITY = "name the authority that signed the server's certificate: ssl_ca_certs=/path/to/ca.pem in online.url"
+_OTHER_CERTIFICATE = "give a client certificate that the server takes: ssl_certfile=… and ssl_keyfile=… in online.url"
+_OTHER_PORT = "take the server's port for TLS, or redis:// in the place of rediss:// where it has none"
+_OTHER_VERSION = "allow both sides a version of TLS in common"
+#: What OpenSSL says of TLS that waiting does not mend → what does. The first that is in the text counts.
+_TLS_FIXES = {
+    "mismatch, certificate is not valid": "address the server by a name that its certificate is made out to",
+    "certificate has expired": "renew the server's certificate, or set this machine's clock",
+    "CERTIFICATE_VERIFY_FAILED": _NAME_AUTHORITY,
+    "ALERT_CERTIFICATE": _OTHER_CERTIFICATE,
+    "ALERT_BAD_CERTIFICATE": _OTHER_CERTIFICATE,
+    "ALERT_UNKNOWN_CA": _OTHER_CERTIFICATE,
+    "ALERT_UNSUPPORTED_CERT": _OTHER_CERTIFICATE,
+    "ALERT_HANDSHAKE_FAILURE": _OTHER_CERTIFICATE,
+    "WRONG_VERSION_NUMBER": _OTHER_PORT,
+    "record layer failure": _OTHER_PORT,
+    "ALERT_PROTOCOL_VERSION": _OTHER_VERSION,
+    "UNSUPPORTED_PROTOCOL": _OTHER_VERSION,
+}
+
+
+def _redis_without_tls(error: BaseException) -> SparkFSError:
+    return InvalidError.of(
+        "SFS-631",
+        "The online store and we do not trust each other: TLS fails.",
+        why=summary(error),
+        fix=next(fix for mark, fix in _TLS_FIXES.items() if mark in str(error)),
     )
 
 
@@ -201,10 +250,20 @@ _FOREIGN: tuple[tuple[str, str, Callable[[BaseException], SparkFSError]], ...] =
     ("redis", "WRONGPASS", _redis_refused_login),
     ("redis", "NOAUTH", _redis_refused_login),
     ("redis", "NoPermissionError", _redis_refused_login),
+    *(("redis", mark, _redis_without_tls) for mark in _TLS_FIXES),
     ("redis", "OutOfMemoryError", _redis_out_of_memory),
     ("redis", "BusyLoadingError", _redis_unreachable),
     ("redis", "ReadOnlyError", _redis_unreachable),
     ("redis", "BUSY ", _redis_unreachable),
+    ("redis", "MasterNotFoundError", _redis_unreachable),
+    ("redis", "NOREPLICAS ", _redis_unreachable),
+    ("redis", "ClusterDownError", _redis_unreachable),
+    ("redis", "MasterDownError", _redis_unreachable),
+    ("redis", "MovedError", _redis_unreachable),
+    ("redis", "AskError", _redis_unreachable),
+    ("redis", "TryAgainError", _redis_unreachable),
+    ("redis", "SlotNotCoveredError", _redis_unreachable),
+    ("redis", "RedisClusterException", _redis_unreachable),
     ("redis", "ConnectionError", _redis_unreachable),
     ("redis", "TimeoutError", _redis_unreachable),
     ("", "No space left on device", _disk_full),
@@ -231,7 +290,7 @@ def translate(error: BaseException) -> SparkFSError | None:
         if isinstance(seen, SparkFSError):
             return seen
         if (told := _OURS_IN_TEXT.search(str(seen))) is not None:
-            return SparkFSError.of(told.group(1), told.group(2))
+            return _KINDS.get(told.group(1), SparkFSError).of(told.group(2), told.group(3))
         kind = type(seen)
         for module, mark, build in _FOREIGN:
             if kind.__module__.startswith(module) and (mark == kind.__name__ or mark in str(seen)):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import re
 import sys
 
 import click
@@ -13,7 +15,7 @@ from spark_fs.errors import ExitCode, InvalidError
 
 @click.group()
 def online() -> None:
-    """The embedded online store: start, stop, status."""
+    """The online store: start, stop and status of the embedded one, users of any other."""
 
 
 @online.command("start")
@@ -66,7 +68,7 @@ def _show_online(context: click.Context, verb: str, output: str) -> None:
                 "The online store of this environment is not the embedded one.",
                 why=f"online.url is {without_secrets(configured.url)}.",
             )
-        report = check_server(configured.url, socket_timeout_seconds=configured.timeout_seconds)
+        report = check_server(environment.online_url, socket_timeout_seconds=configured.timeout_seconds)
         console.show([{"url": without_secrets(configured.url), "running": True, "version": report.version}], output)
         return
     if verb == "start":
@@ -78,6 +80,68 @@ def _show_online(context: click.Context, verb: str, output: str) -> None:
         state = server.status(environment.state_dir)
     shown = {"url": without_secrets(state.url), "running": True, "pid": str(state.pid)} if state else {"running": False}
     console.show([shown], output)
+
+
+def _user_name(_context: click.Context, option: click.Parameter, value: str | None) -> str | None:
+    if value is not None and (value == "default" or not re.fullmatch(r"[\w.@-]{1,64}", value, re.ASCII)):
+        raise click.BadParameter(f"{value!r} names no new user: letters, digits and ._@-, and not 'default'.", param=option)
+    return value
+
+
+@online.command("acl")
+@click.option("--redis", "release", type=click.Choice(["6.2", "7", "7.2"]), default="7", show_default=True,
+              help="The server's version, or the newest before it; Valkey and Redis 8 are 7.2.")  # fmt: skip
+@click.option("--writer", callback=_user_name, help="The user that runs the jobs. Default: <project>_writer.")
+@click.option("--reader", callback=_user_name, help="The user that serves. Default: <project>_reader.")
+@click.option("--writer-password-env", metavar="NAME", help="Take the writer's password from this environment variable.")
+@click.option("--reader-password-env", metavar="NAME", help="Take the reader's password from this environment variable.")
+@output_option
+@click.pass_context
+def online_acl(
+    context: click.Context, release: str, writer: str | None, reader: str | None, writer_password_env: str | None,
+    reader_password_env: str | None, output: str,
+) -> None:  # fmt: skip
+    r"""Print what an administrator gives to redis-cli, so that two users exist who may do no more than spark_fs does.
+
+    Connects to nothing. Commands go to stdout, what they are for to stderr. Passwords are printed as SHA-256 only.
+
+    \b
+    Examples:
+      spark-fs --env prod online acl | redis-cli --tls -h redis.example.com
+      WRITER=… spark-fs --env prod online acl --writer-password-env WRITER --output json
+    """
+
+    def act() -> None:
+        from spark_fs.config import load_environment
+        from spark_fs.online import acl
+
+        project = load_environment(context.obj["repo"], context.obj["env"]).config.project
+        users = (
+            acl.User(writer or f"{project}_writer", _digest(writer_password_env)),
+            acl.User(reader or f"{project}_reader", _digest(reader_password_env)),
+        )
+        statements = acl.statements(project, *users, release=release)
+        if output == "json":
+            console.show([{"for": statement.purpose, "command": str(statement)} for statement in statements], output)
+            return
+        for statement in statements:
+            console.say(f"# {statement.purpose}")
+            click.echo(str(statement))
+        console.say(f"# {acl.AFTERWARDS}")
+
+    run(context, act)
+
+
+def _digest(variable: str | None) -> str | None:
+    """The SHA-256 of the password in an environment variable, as Redis takes it."""
+    from spark_fs.online.acl import password_digest
+
+    if variable is None:
+        return None
+    password = os.environ.get(variable)
+    if not password:
+        raise InvalidError.of("SFS-204", f"The variable {variable} is not set.", fix=f"export {variable}=…")
+    return password_digest(password)
 
 
 @click.command()
@@ -96,7 +160,7 @@ def doctor(context: click.Context, output: str) -> None:
 
         store = open_store(context)
         place = store.environment
-        url: str | None = place.config.online.url
+        url: str | None = place.online_url
         if url == "embedded":
             running = server.status(place.state_dir)
             url = running.url if running else None

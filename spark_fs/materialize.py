@@ -7,39 +7,46 @@ offers rows that were added or changed, and restates keys that have lost a row.
 
 from __future__ import annotations
 
+import threading
 import time
 import uuid
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import suppress
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial, reduce
-from operator import and_, or_
-from typing import Any
+from operator import add
+from typing import Any, cast
 
-from pyspark.sql import Column as SparkColumn
-from pyspark.sql import DataFrame, Observation, Window
+from pyspark.sql import DataFrame, Observation
 from pyspark.sql import functions as F
 
+from spark_fs.dispatch import (
+    extra_keys,
+    newest_rows,
+    opens_without_spark,
+    publish_files,
+    publish_rows,
+    rows_left,
+    run_tasks,
+    within_any,
+)
 from spark_fs.errors import ConflictError, SparkFSError
-from spark_fs.files import check_readable
-from spark_fs.intervals import Interval, intersect, merge, missing, text, to_micros
+from spark_fs.intervals import Interval, text
+from spark_fs.ledger import Intent, Part, Published
 from spark_fs.offline.changes import changes
-from spark_fs.offline.compute import key_bytes, quoted, within
-from spark_fs.offline.table_log import Commit, can_be_read_in_place, changed_since
-from spark_fs.offline.tables import FeatureTable, observed
-from spark_fs.online import compare, executor
-from spark_fs.online.connect import has_token, leave_token
+from spark_fs.offline.table_log import Commit, can_be_read_in_place
+from spark_fs.offline.tables import FeatureTable, is_version_gone, observed
+from spark_fs.online import executor
+from spark_fs.online.connect import has_token, leave_token, serving
 from spark_fs.online.redis_store import COUNTS, OnlineTarget, WriteCounts
-from spark_fs.registry import Published, Registry
-from spark_fs.spec import ViewSpec
+from spark_fs.publication import Publication, Request, plan_publication
+from spark_fs.registry import Registry
+from spark_fs.room import check_room
 
 #: How often a run begins anew because another one has published or restated the view meanwhile.
 _ATTEMPTS = 3
-#: What Spark and Delta say of a version whose log or files were cleaned up.
-_GONE = (
-    *("DELTA_VERSION_NOT_FOUND", "DELTA_FILE_NOT_FOUND", "FILE_NOT_EXIST", "VersionNotFoundException", "DELTA_TIMESTAMP"),
-    "TIME_TRAVEL_BEYOND_DELETED_FILE_RETENTION",
-)
+#: How often buckets that tasks have confirmed are noted: what a killed driver does not know of is written again.
+_NOTE_SECONDS = 0.5
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,8 +55,9 @@ class MaterializeResult:
 
     ``rows_read`` rows of the feature table were offered, the newest of each key: ``applied`` were written, ``equal`` were
     there already, ``stale`` were older than what was there, ``expired`` were past their ttl. ``withdrawn`` keys had lost
-    their row at the source, so that an older one is served, or none. ``bytes`` went to the server. ``note``: what could
-    not be done, if anything.
+    their row at the source, so that an older one is served, or none. ``bytes`` went to the server. ``resumed`` buckets were
+    left out, for a run that was stopped had written them. ``replicas``: the least number of replicas that had all rows at the
+    end of a task, with ``online.wait_replicas``. ``note``: what could not be done, if anything.
     """
 
     view: str
@@ -61,51 +69,15 @@ class MaterializeResult:
     stale: int
     expired: int
     withdrawn: int
+    resumed: int
     bytes: int
     seconds: float
+    replicas: int | None = None
     note: str = ""
 
     def to_json(self) -> dict[str, Any]:
         """The result as JSON values."""
         return {**asdict(self), "interval": [text(self.interval.start), text(self.interval.end)]}
-
-
-@dataclass(frozen=True, slots=True)
-class Publication:
-    """What a run has to look at, in the table at ``version``.
-
-    Of event times in ``fresh`` every row is offered. Of those in ``compared`` rows are compared with what they were at
-    version ``since``. Afterwards all of ``intervals`` is published.
-    """
-
-    version: int
-    fresh: tuple[Interval, ...]
-    compared: tuple[Interval, ...]
-    since: int | None
-    intervals: tuple[Interval, ...]
-
-
-def plan_publication(
-    log: Sequence[Commit],
-    known: Published | None,
-    interval: Interval,
-    *,
-    everything: bool = False,
-    repair: bool = False,
-) -> Publication:
-    """What is to be published for ``interval``, by the table's log (newest first) and what is published already.
-
-    ``everything``: also what was published of it before; ``repair``: all that was published before.
-    """
-    version = log[0].version
-    if known is None:
-        return Publication(version, (interval,), (), None, (interval,))
-    changed = changed_since(log, known.table_version)
-    compared = known.intervals if changed is None else tuple(intersect(known.intervals, changed))
-    if repair:
-        return Publication(version, known.intervals, compared, known.table_version, known.intervals)
-    fresh = (interval,) if everything else tuple(missing(interval, known.intervals))
-    return Publication(version, fresh, compared, known.table_version, tuple(merge([*known.intervals, interval])))
 
 
 def materialize_view(
@@ -117,6 +89,7 @@ def materialize_view(
     restate: bool = False,
     everything: bool = False,
     repair: bool = False,
+    run_id: str = "",
 ) -> MaterializeResult:
     """Publish the rows with event times in the interval, and what has changed of all that was published before.
 
@@ -124,108 +97,263 @@ def materialize_view(
     ``everything``: rows of the interval that were published before are sent again. ``repair``: all published rows are written
     again, whatever is there, and rows that should not be there go; the interval adds nothing.
 
-    Writes are guarded, so the same run can be repeated, overlap others and be interrupted at any point; only a run of which
-    every row is confirmed is noted as published. Raises SparkFSError SFS-616 where the online store has lost what was
-    published, and ConflictError SFS-615 where other runs of the view came in between three times.
+    What earlier runs were stopped at is finished first, without the buckets that were confirmed. Writes are guarded, so the
+    same run can be repeated, overlap others and be interrupted at any point; only a run of which every row is confirmed is
+    noted as published. ``run_id``: the registry's number of the run.
+
+    One during which servers have restarted or failed over begins anew, for they may have lost rows.
+
+    Raises SparkFSError SFS-616 where the online store has lost what was published, before the run or during it, and
+    ConflictError SFS-615 where other runs of the view, or servers that were lost, came in between three times.
     """
-    began, counts, withdrawn, rows_read = time.monotonic(), WriteCounts(), 0, 0
+    began, run = time.monotonic(), _Run(registry, table, target, run_id or uuid.uuid4().hex[:12], is_repair=repair)
+    asked: Request | None = Request(interval, restate, everything, repair)
     for _ in range(_ATTEMPTS):
-        known = registry.published(table.view)
-        if known and known.token and not repair:
-            _check_not_lost(table.view, target, known.token)
-        # In this order: whoever has a generation has looked at the table later than those with a lower one.
-        target = replace(target, generation=registry.generation(table.view), erased=registry.erased(table.view))
-        log = table.commits()
-        todo = plan_publication(log, known, interval, everything=everything or restate, repair=repair)
-        run = _Run(registry, table, todo, target, known)
-        in_place = can_be_read_in_place(log)
-        with suppress(_OvertakenError):
-            if repair:
-                run.offer_fresh(in_place=in_place, restate=False, repair=True)
-                run.bury_extra()
-            else:
-                # What is restated comes last: it is to stay.
-                run.offer_changes()
-                run.offer_fresh(in_place=in_place, restate=restate, repair=False)
-        counts, withdrawn, rows_read = counts + run.counts, withdrawn + run.withdrawn, rows_read + run.rows_read
-        if not run.overtaken and _note(registry, table.view, run, known, todo):
-            return MaterializeResult(
-                view=table.view.reference,
-                interval=interval,
-                table_version=todo.version,
-                rows_read=rows_read,
-                **{name: getattr(counts, name) for name in COUNTS if name != "fenced"},
-                withdrawn=withdrawn,
-                note=run.note,
-                seconds=round(time.monotonic() - began, 3),
-            )
+        for intent in registry.ledger.unfinished(table.view):
+            if not run.take_up(intent):
+                break
+            if asked == Request.from_json(intent.plan["request"]):
+                # Done by that, but for what has changed since.
+                asked = None if repair else Request(interval)
+        else:
+            if asked is None or run.publish(asked):
+                return run.result(interval, time.monotonic() - began)
     raise ConflictError.of(
         "SFS-615",
-        "The view was published, restated or erased from by others, again and again, while this run looked at it.",
+        "The view was published, restated or erased from by others, or servers of the online store have restarted or failed "
+        "over, again and again, while this run looked at it.",
         why="What was written is right, but not noted as published.",
         fix="run the same command again when they have ended",
     )
 
 
-def _check_not_lost(view: ViewSpec, target: OnlineTarget, token: str) -> None:
-    if not has_token(target.url, target.prefix, token, socket_timeout_seconds=target.socket_timeout_seconds):
-        raise SparkFSError.of(
+class _Run:
+    """All attempts of one run, until one is noted as published."""
+
+    def __init__(self, registry: Registry, table: FeatureTable, target: OnlineTarget, run_id: str, *, is_repair: bool) -> None:
+        self._registry, self._table, self._target, self._run_id = registry, table, target, run_id
+        self._is_repair = is_repair
+        self._totals, self._version = _Totals(), 0
+
+    def publish(self, request: Request, left: Intent | None = None) -> bool:
+        """Do what is asked for, by the newest version of the table; False where others came in between.
+
+        ``left``: what another run has left of the same request, and may have written of an older version.
+        """
+        known = self._known()
+        # In this order: whoever has a generation has looked at the table later than those with a lower one.
+        target, log = self._current_target(), self._table.commits()
+        more = request.everything or request.restate
+        todo = plan_publication(log, known, request.interval, everything=more, repair=request.repair)
+        return self._attempt(request, todo, known, target, log, left=left)
+
+    def take_up(self, intent: Intent) -> bool:
+        """Finish what a run has left: as it was meant where nothing was published since, else by the newest version."""
+        request, todo = Request.from_json(intent.plan["request"]), Publication.from_json(intent.plan["todo"])
+        before, known = intent.plan["before"], self._known()
+        if (known and known.to_json()) == before:
+            log = [commit for commit in self._table.commits() if commit.version <= todo.version]
+            try:
+                return self._attempt(request, todo, known, self._current_target(), log, resumed=intent)
+            except Exception as error:
+                if not is_version_gone(error):
+                    raise
+        return self.publish(request, left=intent)
+
+    def result(self, interval: Interval, seconds: float) -> MaterializeResult:
+        """What all attempts came to."""
+        totals = self._totals
+        return MaterializeResult(
+            view=self._table.view.reference,
+            interval=interval,
+            table_version=self._version,
+            rows_read=totals.rows_read,
+            **{name: getattr(totals.counts, name) for name in COUNTS if name != "fenced"},
+            withdrawn=totals.withdrawn,
+            resumed=totals.resumed,
+            replicas=totals.counts.replicas,
+            note=totals.note,
+            seconds=round(seconds, 3),
+        )
+
+    def _known(self) -> Published | None:
+        """What is published; SFS-616 where the online store does not have it any more, but for a repair."""
+        known = self._registry.published(self._table.view)
+        if known and known.token and not self._is_repair and not self._has_mark(known.token):
+            raise self._lost(
+                "The mark that the last run left there is gone: the server came back without its data, or with older ones."
+            )
+        return known
+
+    def _current_target(self) -> OnlineTarget:
+        registry, view = self._registry, self._table.view
+        return replace(self._target, generation=registry.generation(view), erased=registry.erased(view))
+
+    def _attempt(
+        self,
+        request: Request,
+        todo: Publication,
+        known: Published | None,
+        target: OnlineTarget,
+        log: Sequence[Commit],
+        *,
+        resumed: Intent | None = None,
+        left: Intent | None = None,
+    ) -> bool:
+        """Publish and note it; False where others came in between."""
+        ledger, view = self._registry.ledger, self._table.view
+        self._version = todo.version
+        closed = [intent.intent_id for intent in (resumed, left) if intent]
+        behind = _written_before(left, todo)
+        if not (todo.fresh or todo.compared or behind):
+            token = known.token if known else ""
+            return self._note(known, Published(todo.version, todo.intervals, token), target.generation, closed)
+        done: frozenset[tuple[str, int]] = frozenset()
+        servers = self._servers()
+        # Servers that were lost since may have lost confirmed rows, and kept the mark.
+        if resumed and resumed.plan["servers"] == servers and self._has_mark(resumed.token):
+            mark, intent_id = resumed.token, resumed.intent_id
+            done = frozenset((part.step, part.bucket) for part in resumed.parts if part.generation == target.generation)
+        else:
+            mark = self._leave_mark()
+            plan = {
+                "request": request.to_json(),
+                "todo": todo.to_json(),
+                "before": known and known.to_json(),
+                "buckets": self._table.buckets(todo.version),
+                "servers": servers,
+            }
+            intent_id = ledger.begin(view, self._run_id, plan, mark)
+            closed.append(intent_id)
+        attempt = _Attempt(self._registry, self._table, todo, target, known, self._totals, intent_id, done)
+        with suppress(_OvertakenError):
+            attempt.run(request, behind, in_place=bool(log) and can_be_read_in_place(log))
+        if attempt.overtaken:
+            return False
+        if not self._has_mark(mark):
+            raise self._lost("The mark that this run left there before it wrote is gone: the server has lost data meanwhile.")
+        # The mark first: with it lost, the rows before it may be lost too. A server that was lost before it has the mark, and
+        # may lack rows.
+        token = self._leave_mark()
+        return self._servers() == servers and self._note(
+            known, Published(todo.version, todo.intervals, token), attempt.generation, closed
+        )
+
+    def _note(self, known: Published | None, done: Published, generation: int, closed: Sequence[str]) -> bool:
+        """Note what is published now; False where another run has noted or restated something meanwhile."""
+        if known != done and not self._registry.set_published(self._table.view, known, done, generation):
+            return False
+        # Interrupted before this, they are taken up once more, with nothing left to do.
+        for intent_id in closed:
+            self._registry.ledger.finish(intent_id)
+        return True
+
+    def _servers(self) -> list[str]:
+        """Which processes serve: others after each restart and failover."""
+        return sorted(serving(self._target.url, socket_timeout_seconds=self._target.socket_timeout_seconds))
+
+    def _leave_mark(self) -> str:
+        token, target = uuid.uuid4().hex[:12], self._target
+        leave_token(target.url, target.prefix, token, socket_timeout_seconds=target.socket_timeout_seconds)
+        return token
+
+    def _has_mark(self, token: str) -> bool:
+        target = self._target
+        return has_token(target.url, target.prefix, token, socket_timeout_seconds=target.socket_timeout_seconds)
+
+    def _lost(self, why: str) -> SparkFSError:
+        reference = self._table.view.reference
+        return SparkFSError.of(
             "SFS-616",
-            f"The online store has lost rows of feature view '{view.reference}'.",
-            why="The mark that the last run left there is gone: the server came back without its data, or with older ones.",
-            fix=f"run spark-fs repair {view.reference}",
+            f"The online store has lost rows of feature view '{reference}'.",
+            why=why,
+            fix=f"run spark-fs repair {reference}, and if that finds nothing published, the same command again",
         )
 
 
-def _note(registry: Registry, view: ViewSpec, run: _Run, known: Published | None, done: Publication) -> bool:
-    """Note what is published now; False where another run has noted or restated something meanwhile."""
-    same = known and (known.table_version, known.intervals) == (done.version, done.intervals)
-    if same and known and known.token and not done.fresh:
-        return True
-    token, target = uuid.uuid4().hex[:12], run.target
-    # The mark first: with it lost, the rows before it may be lost too.
-    leave_token(target.url, target.prefix, token, socket_timeout_seconds=target.socket_timeout_seconds)
-    return registry.set_published(view, known, Published(done.version, done.intervals, token), run.generation)
+def _written_before(left: Intent | None, todo: Publication) -> Publication | None:
+    """What a run has left, where it may have written rows that are not in the table any more."""
+    if left is None:
+        return None
+    meant = Publication.from_json(left.plan["todo"])
+    return meant if meant.version != todo.version and meant.touched else None
 
 
 class _OvertakenError(Exception):
     """Another run has noted something since this attempt began."""
 
 
-class _Run:
-    """One attempt: what was offered so far, and what became of it."""
+@dataclass
+class _Totals:
+    """What a run has done so far; ``resumed`` counts the buckets that an earlier run had finished."""
+
+    counts: WriteCounts = field(default_factory=WriteCounts)
+    withdrawn: int = 0
+    rows_read: int = 0
+    resumed: int = 0
+    note: str = ""
+
+    def add(self, counts: WriteCounts, rows_read: int = 0) -> None:
+        """Add what one job did."""
+        self.counts, self.rows_read = self.counts + counts, self.rows_read + rows_read
+
+
+class _Attempt:
+    """One attempt at one publication."""
 
     def __init__(
-        self, registry: Registry, table: FeatureTable, todo: Publication, target: OnlineTarget, known: Published | None
+        self,
+        registry: Registry,
+        table: FeatureTable,
+        todo: Publication,
+        target: OnlineTarget,
+        known: Published | None,
+        totals: _Totals,
+        intent_id: str,
+        done: frozenset[tuple[str, int]],
     ) -> None:
         self._registry, self._table, self._todo, self._known = registry, table, todo, known
         #: Where rows go; and the generation that the view must still have when they are noted.
-        self.target, self.generation = target, target.generation
-        self.counts, self.withdrawn, self.rows_read = WriteCounts(), 0, 0
-        self.note, self._dropped = "", False
+        self._target, self.generation = target, target.generation
+        self._totals, self._intent_id, self._done = totals, intent_id, done
+        #: Whether others came in between, so that nothing may be noted.
+        self.overtaken = False
 
-    @property
-    def overtaken(self) -> bool:
-        """Whether others came in between, so that nothing may be noted."""
-        return self._dropped or self.counts.fenced > 0
+    def run(self, request: Request, behind: Publication | None, *, in_place: bool) -> None:
+        """Write all that there is to write. ``behind``: what was written, perhaps, of an older version and never noted."""
+        if behind:
+            self._withdraw_what_is_gone(behind.version, behind.touched)
+        if request.repair:
+            self._offer_fresh(in_place=in_place, restate=False, repair=True)
+            self._bury_extra()
+        else:
+            # What is restated comes last: it is to stay.
+            self._offer_changes()
+            self._offer_fresh(in_place=in_place, restate=request.restate, repair=False)
 
-    def offer_fresh(self, *, in_place: bool, restate: bool, repair: bool) -> None:
+    def _add(self, counts: WriteCounts, rows_read: int = 0) -> None:
+        self.overtaken = self.overtaken or counts.fenced > 0
+        self._totals.add(counts, rows_read)
+
+    def _offer_fresh(self, *, in_place: bool, restate: bool, repair: bool) -> None:
         """Offer all rows of the fresh intervals; a restatement or a repair lets them win over newer ones."""
-        todo, target = self._todo, self.target
+        todo, target = self._todo, self._target
         if not todo.fresh:
             return
+        check_room(self._table, todo.version, todo.fresh, target)
         if restate or repair:
             target = self._restating(restates=restate)
-        if in_place and len(todo.fresh) == 1 and _opens_without_spark(self._table.path):
-            counts, read = publish_files(self._table, todo.version, target, todo.fresh[0])
-        else:
-            counts, read = publish_rows(self._table.view, self._rows(todo.version, todo.fresh), target)
-        self.counts, self.rows_read = self.counts + counts, self.rows_read + read
+        with self._confirming("fresh", target) as (confirmed, done):
+            if in_place and len(todo.fresh) == 1 and opens_without_spark(self._table.path):
+                self._add(*publish_files(self._table, todo.version, target, todo.fresh[0], confirmed, done))
+            else:
+                rows = self._rows(todo.version, todo.fresh)
+                self._add(*publish_rows(self._table.view, rows, target, confirmed, done))
         if restate:
             # So that no other row ever carries the generation of a restatement: by it an audit tells them.
             self.generation = self._registry.raise_generation(self._table.view)
 
-    def offer_changes(self) -> None:
+    def _offer_changes(self) -> None:
         """Offer rows that were added or changed since they were published, then restate the keys that have lost one."""
         todo, view = self._todo, self._table.view
         if not todo.compared or todo.since is None:
@@ -233,42 +361,64 @@ class _Run:
         try:
             self._offer_differences(todo.since)
         except Exception as error:
-            if not _is_gone(error):
+            if not is_version_gone(error):
                 raise
-            counts, read = publish_rows(view, self._rows(todo.version, todo.compared), self.target)
-            self.counts, self.rows_read = self.counts + counts, self.rows_read + read
-            self.note = (
-                f"Version {todo.since} of the table, which was published last, is gone: all rows were offered, but rows that "
-                "builds have removed since may still be served."
-            )
+            with self._confirming("changed", self._target) as (confirmed, done):
+                self._add(*publish_rows(view, self._rows(todo.version, todo.compared), self._target, confirmed, done))
+            self._note_gone(todo.since, "all rows were offered, but")
 
     def _offer_differences(self, since: int) -> None:
-        todo, view = self._todo, self._table.view
-        changed = changes(view, self._rows(since, todo.compared), self._rows(todo.version, todo.compared))
+        changed, view = self._changes(since, self._todo.compared), self._table.view
         seen, lost = Observation(), [F.count_if("_lost").alias("lost")]
-        watched = changed.observe(seen, *lost)
-        counts, read = publish_rows(view, watched.where(~F.col("_lost")).drop("_lost"), self.target)
-        self.counts, self.rows_read = self.counts + counts, self.rows_read + read
+        rows = changed.observe(seen, *lost).where(~F.col("_lost")).drop("_lost")
+        with self._confirming("changed", self._target) as (confirmed, done):
+            self._add(*publish_rows(view, rows, self._target, confirmed, done))
         if observed(seen, changed, lost)["lost"]:
-            at = F.struct("event_timestamp", "created_timestamp")
-            self._withdraw(changed.where("_lost").groupBy(*map(quoted, view.key_names)).agg(F.max(at).alias("_lost_at")))
+            self._withdraw(changed)
 
-    def _withdraw(self, lost: DataFrame) -> None:
-        """Serve what the keys have now, the newest of their rows or none, where that is older than what they have lost."""
+    def _withdraw_what_is_gone(self, since: int, touched: Sequence[Interval]) -> None:
+        """Restate keys with rows that were written, perhaps, of the table at ``since`` and are not in it any more."""
+        try:
+            gone = self._changes(since, touched)
+            if not gone.where("_lost").isEmpty():
+                self._withdraw(gone)
+        except Exception as error:
+            if not is_version_gone(error):
+                raise
+            self._note_gone(since, "an earlier run was stopped at it, and")
+
+    def _changes(self, since: int, intervals: Sequence[Interval]) -> DataFrame:
+        return changes(self._table.view, self._rows(since, intervals), self._rows(self._todo.version, intervals))
+
+    def _note_gone(self, version: int, what: str) -> None:
+        told = (
+            f"Version {version} of the table is gone: {what} rows that builds have removed since may still be served. "
+            f"spark-fs repair {self._table.view.reference} takes them away."
+        )
+        self._totals.note = " ".join(filter(None, [self._totals.note, told]))
+
+    def _withdraw(self, changed: DataFrame) -> None:
+        """Serve what the keys have now, the newest of their rows or none, where that is older than what they have lost.
+
+        A newer one takes the place of a lost row only where that was restated and is served.
+        """
         todo, view, target = self._todo, self._table.view, self._restating()
-        there = newest_rows(view, self._rows(todo.version, todo.intervals), lost)
-        older, _ = _run(there.where(F.col("event_timestamp").isNotNull()), partial(executor.publish_rows, target=target))
-        gone = there.where(F.col("event_timestamp").isNull()).select("_key")
-        none, _ = _run(gone, partial(executor.bury_rows, target=target))
-        self.withdrawn += older.applied + older.expired + none.applied
-        self.counts += WriteCounts(fenced=older.fenced + none.fenced, bytes=older.bytes + none.bytes)
+        there = rows_left(view, self._rows(todo.version, todo.intervals), changed.where("_lost"))
+        written = [run_tasks(there.where("_left = 'older'"), partial(executor.publish_rows, target=target))[0]]
+        written.append(run_tasks(there.where("_left = 'none'").select("_key"), partial(executor.bury_rows, target=target))[0])
+        if self._registry.restated(view):
+            newer = partial(executor.publish_in_place_of_lost, target=target)
+            written.append(run_tasks(there.where("_left = 'newer'"), newer)[0])
+        all_ = reduce(add, written)
+        self._totals.withdrawn += all_.applied + all_.expired
+        self._add(WriteCounts(fenced=all_.fenced, bytes=all_.bytes, replicas=all_.replicas))
 
-    def bury_extra(self) -> None:
+    def _bury_extra(self) -> None:
         """Put tombstones in the place of rows that no published row of the table stands for."""
         published = newest_rows(self._table.view, self._rows(self._todo.version, self._todo.intervals))
-        counts, _ = _run(extra_keys(published, self.target), partial(executor.bury_rows, target=self._restating()))
-        self.withdrawn += counts.applied
-        self.counts += WriteCounts(fenced=counts.fenced, bytes=counts.bytes)
+        counts, _ = run_tasks(extra_keys(published, self._target), partial(executor.bury_rows, target=self._restating()))
+        self._totals.withdrawn += counts.applied
+        self._add(WriteCounts(fenced=counts.fenced, bytes=counts.bytes, replicas=counts.replicas))
 
     def _restating(self, *, restates: bool = False) -> OnlineTarget:
         """The target of rows that may replace newer ones, all of what was written before.
@@ -277,91 +427,43 @@ class _Run:
         """
         self.generation = self._registry.raise_generation(self._table.view, restates=restates)
         if self._registry.published(self._table.view) != self._known:
-            self._dropped = True
+            self.overtaken = True
             raise _OvertakenError
-        return replace(self.target, generation=self.generation, restating=True)
+        return replace(self._target, generation=self.generation, restating=True)
 
     def _rows(self, version: int, intervals: Sequence[Interval]) -> DataFrame:
         return self._table.read(version).where(within_any(intervals))
 
+    @contextmanager
+    def _confirming(self, step: str, target: OnlineTarget) -> Iterator[tuple[Any, list[int]]]:
+        """Note buckets in the ledger as tasks confirm them: gives what tasks tell, and the buckets that are done already."""
+        done = sorted(bucket for of, bucket in self._done if of == step)
+        self._totals.resumed += len(done)
+        confirmed = cast("Any", self._table.spark.sparkContext).accumulator([], executor.Confirmed())
+        noted, ended = 0, threading.Event()
 
-def _is_gone(error: BaseException) -> bool:
-    """Whether an old version of a table could not be read, for its log or its files were cleaned up."""
-    return any(mark in str(error) for mark in _GONE)
+        def note() -> None:
+            nonlocal noted
+            new = confirmed.value[noted:]
+            if new:
+                parts = [Part(step, bucket, target.generation, counts) for bucket, counts in new]
+                self._registry.ledger.note_parts(self._intent_id, parts)
+                noted += len(new)
 
+        def watch() -> None:
+            while not ended.wait(_NOTE_SECONDS):
+                with suppress(Exception):  # the registry may be away for a moment; the last note is not taken so lightly
+                    note()
 
-def within_any(intervals: Sequence[Interval]) -> SparkColumn:
-    """True for rows whose event time lies in one of the intervals."""
-    return reduce(or_, map(within, intervals))
-
-
-def _opens_without_spark(path: str) -> bool:
-    try:
-        check_readable(path)
-    except (OSError, ValueError, NotImplementedError):
-        return False
-    return True
-
-
-def publish_files(table: FeatureTable, version: int, target: OnlineTarget, interval: Interval) -> tuple[WriteCounts, int]:
-    """Publish each data file where it lies: no rows pass through the JVM and none are shuffled. Counts and rows read.
-
-    Only for tables of which ``can_be_read_in_place`` is true, at places that can be opened without Spark.
-    """
-    files = table.data_files(version)
-    if not files:
-        return WriteCounts(), 0
-    named = table.spark.createDataFrame([(file,) for file in files], "file string").repartition(len(files))
-    start_us, end_us = to_micros(interval.start), to_micros(interval.end)
-    keys = table.view.keys
-    work = partial(executor.publish_files, target=target, keys=keys, start_us=start_us, end_us=end_us)
-    return _run(named, work)
-
-
-def publish_rows(view: ViewSpec, rows: DataFrame, target: OnlineTarget) -> tuple[WriteCounts, int]:
-    """Publish the newest of the rows of each key, through Spark's reader and a shuffle. Counts and rows read."""
-    read, all_rows = Observation(), [F.count(F.lit(1)).alias("rows")]
-    newest = newest_rows(view, rows.observe(read, *all_rows))
-    counts, _ = _run(newest, partial(executor.publish_rows, target=target))
-    return counts, int(observed(read, rows, all_rows)["rows"])
-
-
-def extra_keys(published: DataFrame, target: OnlineTarget) -> DataFrame:
-    """``_key`` of each row that is online though it is erased or not in ``published`` (``_key``). One task looks them up."""
-    spark = published.sparkSession
-    work = partial(compare.stored_keys, target=target)
-    stored = spark.range(0, 1, 1, 1).mapInArrow(work, "_key binary, _erased boolean").distinct()
-    unknown = stored.where(~F.col("_erased")).join(published.select("_key"), "_key", "left_anti")
-    return unknown.unionByName(stored.where("_erased")).select("_key")
-
-
-def _run(frame: DataFrame, work: Callable[..., Iterator[Any]]) -> tuple[WriteCounts, int]:
-    """Let the executors do the work; the sums of what they report, which is that of the task attempts that succeeded."""
-    measures = executor.MEASURES
-    parts = frame.mapInArrow(work, ", ".join(f"{name} bigint" for name in measures))
-    totals = parts.agg(*(F.coalesce(F.sum(name), F.lit(0)).alias(name) for name in measures)).first()
-    assert totals is not None  # an aggregate without groups has one row
-    return WriteCounts(**{name: totals[name] for name in COUNTS}), totals["rows_read"]
-
-
-def newest_rows(view: ViewSpec, rows: DataFrame, lost: DataFrame | None = None) -> DataFrame:
-    """One row per key, that with the greatest (event_timestamp, created_timestamp): a feature table has no ties on those.
-
-    Columns: ``_key`` (key bytes), event_timestamp, created_timestamp, _build, features. With ``lost`` (the view's keys,
-    distinct, and ``_lost_at``, an event and a created time) one row for each of these keys whose newest row is older than
-    that, with nulls where the key has no row.
-    """
-    names = [quoted(name) for name in view.key_names]
-    newest_first = Window.partitionBy(*names).orderBy(
-        F.col("event_timestamp").desc(), F.col("created_timestamp").desc_nulls_last()
-    )
-    if lost is not None:
-        renamed = rows.withColumnsRenamed({name: f"_row_key{n}" for n, name in enumerate(view.key_names)})
-        met = [quoted(name) == F.col(f"_row_key{n}") for n, name in enumerate(view.key_names)]
-        rows = lost.join(renamed, reduce(and_, met, F.lit(True)), "left")
-    newest = rows.withColumn("_rank", F.row_number().over(newest_first)).where(F.col("_rank") == 1)
-    if lost is not None:
-        older = F.struct("event_timestamp", "created_timestamp") < F.col("_lost_at")
-        newest = newest.where(F.col("event_timestamp").isNull() | older)
-    features = [quoted(name) for name in view.feature_names]
-    return newest.select(key_bytes(view.keys).alias("_key"), "event_timestamp", "created_timestamp", "_build", *features)
+        watcher = threading.Thread(target=watch, daemon=True)
+        watcher.start()
+        try:
+            yield confirmed, done
+        except BaseException:
+            with suppress(Exception):
+                note()
+            raise
+        finally:
+            ended.set()
+            watcher.join()
+        note()

@@ -14,7 +14,6 @@ from spark_fs.errors import InvalidError
 
 if TYPE_CHECKING:
     from spark_fs.online.read import OnlineResponse
-    from spark_fs.store import FeatureStore
     from spark_fs.types import ValueType
 
 
@@ -82,7 +81,12 @@ def get_online_features(
     def act() -> None:
         store = open_store(context)
         wanted = features[0] if len(features) == 1 and ":" not in features[0] else list(features)
-        rows = _entity_rows(store, wanted, entities)
+        types = {
+            spine_key: key.type
+            for selection in store.resolve_features(wanted)
+            for spine_key, key in zip(selection.spine_keys, selection.view.keys, strict=True)
+        }
+        rows = _entity_rows(types, entities)
         response = store.get_online_features(wanted, rows, full_feature_names=full_feature_names)
         if output == "json":
             click.echo(json.dumps(response.to_json(), indent=2, ensure_ascii=False, default=str))
@@ -100,13 +104,8 @@ def _online_rows(response: OnlineResponse) -> list[dict[str, Any]]:
     return [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
 
 
-def _entity_rows(store: FeatureStore, features: Any, entities: tuple[str, ...]) -> list[dict[str, Any]]:
+def _entity_rows(types: Mapping[str, ValueType], entities: tuple[str, ...]) -> list[dict[str, Any]]:
     """Entity rows from ``key=value,key=value`` texts, each value in its join key's type."""
-    types = {
-        spine_key: key.type
-        for selection in store.resolve_features(features)
-        for spine_key, key in zip(selection.spine_keys, selection.view.keys, strict=True)
-    }
     rows = []
     for entity in entities:
         pairs = dict(part.partition("=")[::2] for part in entity.split(","))
@@ -125,18 +124,23 @@ def _key_value(name: str, value: str, types: Mapping[str, ValueType]) -> Any:
 
 @click.command()
 @click.argument("views", nargs=-1)
-@click.option("--sample", type=click.IntRange(min=1), help="Look at so many keys of each view, at random; else at all.")
+@click.option("--all", "every_key", is_flag=True, help="Look at every key, and for rows that should not be there: the default.")
+@click.option("--sample", type=click.IntRange(min=1), help="Look at so many keys of each view only, at random.")
 @submitted
 @click.pass_context
-def audit(context: click.Context, views: tuple[str, ...], sample: int | None, output: str, print_only: bool) -> None:
+def audit(
+    context: click.Context, views: tuple[str, ...], every_key: bool, sample: int | None, output: str, print_only: bool
+) -> None:
     r"""Compare every value in the online store with what was published; all views, or these VIEWS.
 
     Exit code 4 where a value is missing, stale, wrong or should not be there; each is a row in a Delta table.
 
     \b
-    Examples:  spark-fs audit
+    Examples:  spark-fs audit --all
                spark-fs audit weather --sample 10000
     """
+    if every_key and sample:
+        raise click.UsageError("--all looks at every key, --sample at some: give one of them.", context)
     arguments = repeated("view", views) + repeated("sample", [str(sample)] if sample else [])
     submit_job(context, "audit", arguments, output, print_only=print_only)
 
@@ -165,20 +169,27 @@ def repair(context: click.Context, views: tuple[str, ...], output: str, print_on
 def erase(context: click.Context, view: str, entities: tuple[str, ...], undo: bool, output: str) -> None:
     r"""Remove ENTITIES (key=value[,key=value]) of a VIEW from the online store, for good: no later run brings them back.
 
+    All versions of the view with the same join keys lose them. VIEW may be view@version, and a view that is no longer declared.
     Feature tables, sources and what audits have noted are not touched: delete the rows there as well.
 
     \b
     Examples:  spark-fs erase user_spend user_id=4711 user_id=4712
+               spark-fs erase user_spend@1 user_id=4711
                spark-fs erase user_spend user_id=4711 --undo
     """
 
     def act() -> None:
-        from spark_fs.store import parse_reference
+        from spark_fs.names import parse_reference
+        from spark_fs.online.erase import versions_alike
 
         store = open_store(context)
-        spec = store.registry.state().require_view(parse_reference(view)[0])
-        rows = _entity_rows(store, [f"{spec.name}:{spec.feature_names[0]}"], entities)
+        state = store.registry.state()
+        spec = versions_alike(state, *parse_reference(view))[0]
+        rows = _entity_rows({key.name: key.type for key in spec.keys}, entities)
         console.show([store.erase(view, rows, undo=undo)], output)
+        others = [other.reference for other in state.versions.values() if other.name == spec.name and other.keys != spec.keys]
+        if others:
+            console.say(f"Left as they are, for they have other join keys: {', '.join(sorted(others))}.")
 
     run(context, act)
 

@@ -6,13 +6,10 @@ nothing when somebody else was first.
 
 from __future__ import annotations
 
-import getpass
 import json
-import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +18,9 @@ from sqlalchemy.exc import DatabaseError, IntegrityError, OperationalError, Prog
 
 from spark_fs import registry_tables as tables
 from spark_fs.errors import ConflictError, InvalidError, did_you_mean, translate, without_secrets
-from spark_fs.intervals import UTC, Interval, from_micros, merge, to_micros
+from spark_fs.intervals import Interval, from_micros, merge, to_micros
+from spark_fs.ledger import Ledger, Published
+from spark_fs.registry_tables import now_text, user_name
 from spark_fs.spec import ServiceSpec, SourceSpec, ViewSpec, canonical_json
 
 
@@ -82,18 +81,6 @@ class Build:
     details: Mapping[str, Any]
 
 
-@dataclass(frozen=True, slots=True)
-class Published:
-    """What of a view is online: rows of its table at ``table_version`` with event times in ``intervals`` (merged).
-
-    ``token`` is the mark that the run has left in the online store; empty where it left none.
-    """
-
-    table_version: int
-    intervals: tuple[Interval, ...]
-    token: str = ""
-
-
 class Registry:
     """One project's part of a registry database."""
 
@@ -104,6 +91,8 @@ class Registry:
             tables.prepare_file(Path(url.removeprefix("sqlite:///")))
         self._engine = sa.create_engine(url, connect_args={"timeout": 30} if url.startswith("sqlite") else {})
         self._open()
+        #: Materializations: what they meant to publish, what is confirmed, and who is at it.
+        self.ledger = Ledger(project, self._transaction)
 
     def __repr__(self) -> str:
         return f"Registry({without_secrets(self._url)!r}, {self.project!r})"
@@ -141,12 +130,13 @@ class Registry:
             raise InvalidError.of(
                 "SFS-302", f"The registry has format {max(found)}; this spark_fs knows {tables.FORMAT}.", fix="upgrade spark-fs"
             )
-        lost = set(tables.TABLES.tables) - there - (tables.NEW_IN_2 if max(found) == 1 else set()) if there else set()
+        newer = {table for version, names in tables.NEW_TABLES.items() if version > max(found) for table in names}
+        lost = set(tables.TABLES.tables) - there - newer if there else set()
         if lost:
             raise tables.damaged(f"It has lost {', '.join(sorted(lost))}.")
         if max(found) < tables.FORMAT:
             with suppress(IntegrityError, ProgrammingError), self._transaction() as connection:  # others may do it too
-                tables.from_1_to_2(connection)
+                tables.bring_up(connection, max(found))
 
     def state(self) -> State:
         """The applied definitions, all from one moment."""
@@ -207,7 +197,9 @@ class Registry:
             for change in changes:
                 self._write(connection, change)
             connection.execute(
-                tables.applies.insert().values(project=self.project, serial=serial + 1, at=_now(), by=_user(), summary=summary)
+                tables.applies.insert().values(
+                    project=self.project, serial=serial + 1, at=now_text(), by=user_name(), summary=summary
+                )
             )
         return serial + 1
 
@@ -263,7 +255,7 @@ class Registry:
                     start_us=to_micros(interval.start),
                     end_us=to_micros(interval.end),
                     state="running",
-                    started_at=_now(),
+                    started_at=now_text(),
                     details="{}",
                 )
                 .returning(tables.builds.c.build)
@@ -273,7 +265,7 @@ class Registry:
     def finish_build(self, view: ViewSpec, build: int, state: str, details: Mapping[str, Any]) -> None:
         """Note how a build ended: ``done``, ``failed`` or ``interrupted``."""
         mine = self._of(tables.builds, view) & (tables.builds.c.build == build)
-        values = {"state": state, "finished_at": _now(), "details": canonical_json(details)}
+        values = {"state": state, "finished_at": now_text(), "details": canonical_json(details)}
         with self._transaction() as connection:
             connection.execute(tables.builds.update().where(mine).values(values))
 
@@ -302,6 +294,7 @@ class Registry:
         with self._transaction() as connection:
             connection.execute(tables.builds.update().where(self._of(tables.builds, view)).values(state="destroyed"))
             connection.execute(tables.published.delete().where(self._of(tables.published, view)))
+        self.ledger.forget(view)
 
     # What is online: published intervals, generations, erasures.
 
@@ -311,15 +304,15 @@ class Registry:
             row = connection.execute(sa.select(tables.published).where(self._of(tables.published, view))).one_or_none()
         if row is None:
             return None
-        intervals = tuple(Interval(*map(from_micros, pair)) for pair in json.loads(row.intervals))
-        return Published(row.table_version, intervals, row.token)
+        known = {"table_version": row.table_version, "token": row.token, "epoch": row.epoch}
+        return Published.from_json({**known, "intervals": json.loads(row.intervals)})
 
     def set_published(self, view: ViewSpec, before: Published | None, after: Published, generation: int) -> bool:
         """Note what is published, in the place of ``before``.
 
         False, and no change, where that is noted no more or the generation is another one by now.
         """
-        values = _published_values(after)
+        values = _columns_of(after)
         self._begin_generations(view)
         try:
             with self._transaction() as connection:
@@ -331,7 +324,7 @@ class Registry:
                     identity = {"project": self.project, "view": view.name, "version": view.version}
                     connection.execute(tables.published.insert().values(**identity, **values))
                     return True
-                known = _published_values(before)
+                known = _columns_of(before)
                 same = sa.and_(*(tables.published.c[name] == value for name, value in known.items()))
                 changed = connection.execute(
                     tables.published.update().where(self._of(tables.published, view) & same).values(values)
@@ -385,7 +378,7 @@ class Registry:
     def erase(self, view: ViewSpec, digests: Iterable[bytes]) -> None:
         """Note keys that must never be published again."""
         for digest in digests:
-            values = {"project": self.project, "view": view.name, "digest": digest.hex(), "at": _now(), "by": _user()}
+            values = {"project": self.project, "view": view.name, "digest": digest.hex(), "at": now_text(), "by": user_name()}
             with suppress(IntegrityError), self._transaction() as connection:  # noted before
                 connection.execute(tables.erasures.insert().values(values))
 
@@ -408,14 +401,14 @@ class Registry:
                     kind=kind,
                     subject=subject,
                     state="running",
-                    started_at=_now(),
+                    started_at=now_text(),
                     details="{}",
                 )
             )
 
     def finish_run(self, run_id: str, state: str, details: Mapping[str, Any]) -> None:
         """Note how a run ended: ``done``, ``failed`` or ``interrupted``."""
-        values = {"state": state, "finished_at": _now(), "details": canonical_json(details)}
+        values = {"state": state, "finished_at": now_text(), "details": canonical_json(details)}
         with self._transaction() as connection:
             connection.execute(tables.runs.update().where(tables.runs.c.run_id == run_id).values(values))
 
@@ -431,6 +424,15 @@ class Registry:
             rows = [dict(row._mapping) for row in connection.execute(query)]
         return [{**row, "details": json.loads(row["details"])} for row in rows]
 
+    def require_run(self, run_id: str) -> dict[str, Any]:
+        """One run, as ``runs`` gives it; SFS-303 where there is none of that number."""
+        query = sa.select(tables.runs).where(tables.runs.c.project == self.project, tables.runs.c.run_id == run_id)
+        with self._transaction() as connection:
+            row = connection.execute(query).one_or_none()
+        if row is None:
+            raise InvalidError.of("SFS-303", f"There is no run '{run_id}'.", fix="spark-fs runs lists the latest")
+        return {**row._mapping, "details": json.loads(row.details)}
+
     # Datasets: saved training sets.
 
     def add_dataset(self, name: str, version: int, manifest: Mapping[str, Any]) -> None:
@@ -442,7 +444,7 @@ class Registry:
                         project=self.project,
                         name=name,
                         version=version,
-                        created_at=_now(),
+                        created_at=now_text(),
                         manifest=canonical_json(manifest),
                     )
                 )
@@ -475,17 +477,6 @@ class Registry:
         return self._named(table, view) & (table.c.version == view.version)
 
 
-def _published_values(published: Published) -> dict[str, Any]:
-    pairs = [[to_micros(interval.start), to_micros(interval.end)] for interval in published.intervals]
-    return {"table_version": published.table_version, "intervals": canonical_json(pairs), "token": published.token}
-
-
-def _now() -> str:
-    return datetime.now(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
-
-
-def _user() -> str:
-    try:
-        return getpass.getuser()
-    except (KeyError, OSError):  # a container may run under a number that has no name
-        return str(os.getuid())
+def _columns_of(published: Published) -> dict[str, Any]:
+    values = published.to_json()
+    return {**values, "intervals": canonical_json(values["intervals"])}

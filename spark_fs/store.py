@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
 from datetime import datetime, timedelta, timezone
 from functools import cached_property
@@ -14,19 +14,20 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from spark_fs.config import MOST_BUCKETS, is_bucket_count, load_environment
 from spark_fs.errors import (
+    InterruptedRunError,
     InvalidError,
     PartlyDoneError,
     Problem,
     SparkFSError,
-    did_you_mean,
     summary,
     translate,
 )
 from spark_fs.intervals import BEGINNING, Interval, missing
+from spark_fs.names import choose_views, feature_selection, parse_reference, refuse_in_use, service_selections
 from spark_fs.plan import Plan, apply_plan, make_plan
-from spark_fs.registry import Registry, State
+from spark_fs.registry import Registry
 from spark_fs.repo import Repository, load
-from spark_fs.spec import Selection, ServiceSpec, ViewSpec, merge_selections, select
+from spark_fs.spec import Selection, ViewSpec, merge_selections
 
 if TYPE_CHECKING:
     import pandas
@@ -106,7 +107,7 @@ class FeatureStore:
         allowed = timedelta(seconds=settings.build.max_future_seconds)
         buckets = None if settings.offline.buckets == "auto" else settings.offline.buckets
 
-        def build_one(view: ViewSpec) -> list[BuildResult]:
+        def build_one(view: ViewSpec, _: str) -> list[BuildResult]:
             todo = intervals_to_build(self.registry.built(view), start, end, now, allowed)
             # The state first: what is committed in between is then seen as new by the next build.
             source_state = self._offline.source_state(view)
@@ -123,7 +124,7 @@ class FeatureStore:
             kept = [keep_layout(self._offline.table(view), last, settings.build.max_files_per_bucket) for last in done[-1:]]
             return [*done[:-1], *kept]
 
-        chosen = _choose(self.registry.state(), views)
+        chosen = choose_views(self.registry.state(), views)
         return self._each("build", chosen, build_one)
 
     def optimize(self, views: Iterable[str] | None = None, buckets: int | None = None) -> list[OptimizeResult]:
@@ -138,16 +139,16 @@ class FeatureStore:
             fix = f"a power of two from 1 to {MOST_BUCKETS}"
             raise InvalidError.of("SFS-411", f"A feature table cannot have {buckets} buckets.", fix=fix)
 
-        def optimize_one(view: ViewSpec) -> list[OptimizeResult]:
+        def optimize_one(view: ViewSpec, _: str) -> list[OptimizeResult]:
             table = self._offline.table(view)
             return [optimize_table(table, buckets)] if table.exists() else []
 
-        return self._each("optimize", _choose(self.registry.state(), views), optimize_one)
+        return self._each("optimize", choose_views(self.registry.state(), views), optimize_one)
 
     def missing(self, views: Iterable[str] | None = None, end: datetime | None = None) -> dict[str, list[Interval]]:
         """The intervals up to ``end`` (default: now) that no build has covered yet, by view."""
         whole = Interval(BEGINNING, end or datetime.now(timezone.utc))
-        return {v.reference: missing(whole, self.registry.built(v)) for v in _choose(self.registry.state(), views)}
+        return {v.reference: missing(whole, self.registry.built(v)) for v in choose_views(self.registry.state(), views)}
 
     # Training sets.
 
@@ -217,7 +218,7 @@ class FeatureStore:
         """
         from spark_fs.audit import audit_view
 
-        def audit_one(view: ViewSpec) -> list[AuditResult]:
+        def audit_one(view: ViewSpec, _: str) -> list[AuditResult]:
             path = f"{self.environment.offline_root}/{self.project}/_audits/{view.name}/v{view.version}"
             found = audit_view(self.registry, self._offline.table(view), self._target(view), path, sample=sample)
             return [] if found is None else [found]
@@ -231,30 +232,31 @@ class FeatureStore:
         """
         from spark_fs.materialize import materialize_view
 
-        def repair_one(view: ViewSpec) -> list[MaterializeResult]:
-            known = self.registry.published(view)
-            if known is None:
-                return []
-            whole = Interval(known.intervals[0].start, known.intervals[-1].end)
-            return [materialize_view(self.registry, self._offline.table(view), self._target(view), whole, repair=True)]
+        def repair_one(view: ViewSpec, run_id: str) -> list[MaterializeResult]:
+            with self._lease(view, run_id):
+                known = self.registry.published(view)
+                if known is None:
+                    return []
+                whole = Interval(known.intervals[0].start, known.intervals[-1].end)
+                table, target = self._offline.table(view), self._target(view)
+                return [materialize_view(self.registry, table, target, whole, repair=True, run_id=run_id)]
 
         return self._each_online("repair", views, repair_one)
 
     def erase(
         self, view: str, entity_rows: Sequence[Mapping[str, Any]] | Mapping[str, Sequence[Any]], *, undo: bool = False
     ) -> dict[str, Any]:
-        """Remove entities of a view, in all its versions, from the online store, and keep all later runs from writing them.
+        """Remove entities of a view from the online store, and keep all later runs from writing them.
 
-        ``entity_rows`` as for ``get_online_features``, with the view's join keys. With ``undo`` they may be published again,
-        and are absent until ``materialize`` does so with ``everything``. Feature tables and sources are not touched. The
-        registry keeps digests of the keys. Raises SFS-303 for an unknown view, SFS-606 and SFS-607 for unfit rows.
+        ``view`` may be ``view@2``, or one that is no longer declared; all its versions with the same join keys lose them. Those
+        with others do not have these entities: erase theirs by a version. ``entity_rows`` as for ``get_online_features``. With
+        ``undo`` they may be published again, and are absent until ``materialize`` does so with ``everything``. Feature tables
+        and sources are not touched. The registry keeps digests of the keys. Raises SFS-303 for an unknown view, SFS-606 and
+        SFS-607 for unfit rows.
         """
-        from spark_fs.online.erase import erase_entities
+        from spark_fs.online.erase import erase_entities, versions_alike
 
-        state = self.registry.state()
-        current = state.require_view(parse_reference(view)[0])
-        # A version with other join keys has no such entities.
-        same = [spec for spec in state.versions.values() if spec.name == current.name and spec.keys == current.keys]
+        same = versions_alike(self.registry.state(), *parse_reference(view))
         url, timeout = self.online_url(), self.environment.config.online.timeout_seconds
         return erase_entities(self.registry, same, entity_rows, url, undo=undo, socket_timeout_seconds=timeout)
 
@@ -274,12 +276,12 @@ class FeatureStore:
         if not isinstance(features, str) and not isinstance(features, Sequence):
             features = features.name
         if isinstance(features, str):
-            return _service_selections(state, state.require_service(features))
+            return service_selections(state, state.require_service(features))
         selections: list[Selection] = []
         problems: list[Problem] = []
         for reference in features:
             try:
-                selections.append(_reference_selection(state, reference))
+                selections.append(feature_selection(state, reference))
             except InvalidError as error:
                 problems += error.problems
         if problems:
@@ -288,18 +290,22 @@ class FeatureStore:
 
     def online_url(self) -> str:
         """The online store's address; starts the embedded server if that is what the environment uses."""
-        online = self.environment.config.online
-        if online.url != "embedded":
-            return online.url
+        if self.environment.online_url != "embedded":
+            return self.environment.online_url
         from spark_fs.online import server
 
-        return server.start(self.environment.state_dir, port=online.port).url
+        return server.start(self.environment.state_dir, port=self.environment.config.online.port).url
 
     def check_online(self) -> None:
         """Refuse an online store that cannot be reached or would drop values (SFS-601 to 604); starts no Spark."""
         from spark_fs.online.connect import check_server
 
         check_server(self.online_url(), socket_timeout_seconds=self.environment.config.online.timeout_seconds)
+
+    def run(self, run_id: str) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+        """One run as the registry has it, and what it has published: table version, intervals, state, confirmed buckets."""
+        found = self.registry.require_run(run_id)
+        return found, [intent.to_json() for intent in self.registry.ledger.of_run(run_id)]
 
     def destroy(self, view: str, version: int | None = None) -> dict[str, Any]:
         """Delete the feature table and online values of a view version that is neither current nor used by a service."""
@@ -310,7 +316,7 @@ class FeatureStore:
         state = self.registry.state()
         newest = max((n for name, n in state.versions if name == view), default=None)
         spec = state.require_view(view, version or newest)
-        _refuse_in_use(state, spec)
+        refuse_in_use(state, spec)
         keys = delete_prefix(self.online_url(), key_prefix(spec))
         path = feature_table_path(self.environment.offline_root, spec)
         deleted = delete_folder(path)
@@ -350,31 +356,44 @@ class FeatureStore:
             )
         return self._repository.functions[view.name]
 
-    def _each(self, kind: str, views: Sequence[ViewSpec], act: Callable[[ViewSpec], list[R]]) -> list[R]:
-        """Do one thing for each view; failures are collected, each run is noted in the registry."""
+    def _each(self, kind: str, views: Sequence[ViewSpec], act: Callable[[ViewSpec, str], list[R]]) -> list[R]:
+        """Do one thing for each view, given the number of its run; failures are collected, each run is noted."""
         results: list[R] = []
         failures: list[SparkFSError] = []
-        for view in views:
+        unfinished: list[dict[str, Any]] = []
+        for number, view in enumerate(views):
             try:
-                with self._run(kind, view.reference) as done:
-                    done += act(view)
+                with self._run(kind, view.reference) as (run_id, done):
+                    done += act(view, run_id)
                 results += done
             except Exception as error:  # noqa: BLE001  # whatever stops one view must not stop the others
                 failures.append(_of_view(view, error))
+                unfinished.append(self._unfinished(view, "failed", failures[-1].code))
+            except KeyboardInterrupt as error:
+                unfinished.append(self._unfinished(view, "interrupted"))
+                unfinished += [self._unfinished(left, "left") for left in views[number + 1 :]]
+                raise InterruptedRunError(results, unfinished) from error
         problems = [problem for failure in failures for problem in failure.problems]
-        if failures and not results:
-            raise type(failures[0])(*problems)
         if failures:
-            raise PartlyDoneError(*problems, results=results)
+            raised = PartlyDoneError(*problems, results=results) if results else type(failures[0])(*problems)
+            raised.unfinished = unfinished
+            raise raised
         return results
 
+    def _unfinished(self, view: ViewSpec, state: str, code: str = "") -> dict[str, Any]:
+        """What a run tells of a view that it did not finish; buckets are those of its newest publication."""
+        left = self.registry.ledger.unfinished(view)[-1:]
+        buckets = (len(left[0].parts), left[0].buckets_left) if left else (None, None)
+        told = dict(zip(("buckets_done", "buckets_left"), buckets, strict=True))
+        return {"view": view.reference, "state": state, **told, "error": code or None}
+
     @contextmanager
-    def _run(self, kind: str, subject: str) -> Iterator[list[Any]]:
-        """Note a run; the block puts its results into the list."""
+    def _run(self, kind: str, subject: str) -> Iterator[tuple[str, list[Any]]]:
+        """Note a run: gives its number, and a list into which the block puts its results."""
         run_id, done = uuid.uuid4().hex[:12], []  # type: tuple[str, list[Any]]
         self.registry.begin_run(run_id, kind, subject)
         try:
-            yield done
+            yield run_id, done
         except BaseException as error:
             state = "failed" if isinstance(error, Exception) else "interrupted"
             self.registry.finish_run(run_id, state, {"error": str(translate(error) or type(error).__name__)})
@@ -386,23 +405,31 @@ class FeatureStore:
     ) -> list[MaterializeResult]:
         from spark_fs.materialize import materialize_view
 
-        def publish(view: ViewSpec) -> list[MaterializeResult]:
-            self._build_missing(view, interval)
-            target, table = self._target(view), self._offline.table(view)
-            return [materialize_view(self.registry, table, target, interval, restate=restate, everything=everything)]
+        how = {"restate": restate, "everything": everything}
+
+        def publish(view: ViewSpec, run_id: str) -> list[MaterializeResult]:
+            with self._lease(view, run_id):
+                self._build_missing(view, interval)
+                table, target = self._offline.table(view), self._target(view)
+                return [materialize_view(self.registry, table, target, interval, run_id=run_id, **how)]
 
         return self._each_online("materialize", views, publish)
 
-    def _each_online(self, kind: str, views: Iterable[str] | None, act: Callable[[ViewSpec], list[R]]) -> list[R]:
+    def _each_online(self, kind: str, views: Iterable[str] | None, act: Callable[[ViewSpec, str], list[R]]) -> list[R]:
         """As ``_each``, for views that are for online use, once the online store was looked at."""
-        chosen = _choose(self.registry.state(), views, online=True)
+        chosen = choose_views(self.registry.state(), views, online=True)
         self.check_online()
         return self._each(kind, chosen, act)
+
+    def _lease(self, view: ViewSpec, run_id: str) -> AbstractContextManager[None]:
+        return self.registry.ledger.held(view, run_id, self.environment.config.online.lease_wait_seconds)
 
     def _target(self, view: ViewSpec) -> OnlineTarget:
         from spark_fs.online.redis_store import OnlineTarget
 
-        return OnlineTarget.of(self.online_url(), view, socket_timeout_seconds=self.environment.config.online.timeout_seconds)
+        online = self.environment.config.online
+        target = OnlineTarget.of(self.online_url(), view, socket_timeout_seconds=online.timeout_seconds)
+        return replace(target, wait_replicas=online.wait_replicas)
 
     def _build_missing(self, view: ViewSpec, interval: Interval) -> None:
         """Build all up to the interval's end if no build has covered some of the interval."""
@@ -425,65 +452,11 @@ class FeatureStore:
         )
 
 
-def parse_reference(reference: str) -> tuple[str, int | None]:
-    """Name and version of ``view`` or ``view@2``; SFS-511 if the version is no number."""
-    name, at, version = reference.partition("@")
-    if at and not (version.isascii() and version.isdigit()):
-        raise InvalidError.of("SFS-511", f"'{reference}' does not name a view.", fix="write view or view@2")
-    return name, int(version) if at else None
-
-
 def _interval(start: datetime, end: datetime) -> Interval:
     try:
         return Interval(start, end)
     except ValueError as error:
         raise InvalidError.of("SFS-409", f"This is no interval: {error}.") from error
-
-
-def _choose(state: State, names: Iterable[str] | None, *, online: bool = False) -> list[ViewSpec]:
-    """The named views, else all current ones and the older versions that services still use."""
-    if names is not None:
-        chosen = [state.require_view(*parse_reference(name)) for name in names]
-        offline_only = [view.name for view in chosen if online and not view.online]
-        if offline_only:
-            raise InvalidError.of("SFS-605", f"Not for online use: {', '.join(offline_only)}.", fix="set online=True and apply")
-        return chosen
-    pinned = [state.versions[(item.view, item.version)] for service in state.services.values() for item in service.views]
-    every = {view.reference: view for view in (*state.views.values(), *pinned)}
-    if not every:
-        raise InvalidError.of("SFS-303", "No feature views are applied yet.", fix="run spark-fs apply")
-    return [view for view in every.values() if view.online or not online]
-
-
-def _reference_selection(state: State, reference: str) -> Selection:
-    view, _, feature = reference.partition(":")
-    name, _, version = view.partition("@")
-    if not feature or (version and not version.isdigit()):
-        raise InvalidError.of(
-            "SFS-511",
-            f"'{reference}' does not name a feature.",
-            why=did_you_mean(reference, [f"{v.name}:{f}" for v in state.views.values() for f in v.feature_names]),
-            fix="write view:feature or view@2:feature; a service is given by its name alone, not in a list",
-        )
-    return select(state.require_view(name, int(version) if version else None), [feature])
-
-
-def _service_selections(state: State, service: ServiceSpec) -> list[Selection]:
-    return merge_selections(
-        select(state.require_view(item.view, item.version), item.features, item.alias, item.join_key_map)
-        for item in service.views
-    )
-
-
-def _refuse_in_use(state: State, spec: ViewSpec) -> None:
-    users = [
-        s.name for s in state.services.values() for item in s.views if (item.view, item.version) == (spec.name, spec.version)
-    ]
-    if state.views.get(spec.name) == spec or users:
-        by = f"service {', '.join(users)}" if users else "the repository"
-        raise InvalidError.of(
-            "SFS-310", f"Feature view '{spec.reference}' is in use by {by}.", fix="remove it there and apply first"
-        )
 
 
 def _of_view(view: ViewSpec, error: Exception) -> SparkFSError:

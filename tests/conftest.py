@@ -76,6 +76,7 @@ def spark(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SparkSession]:
         .config("spark.sql.parquet.outputTimestampType", "TIMESTAMP_MICROS")  # INT96 has no statistics to prune by
         .config("spark.sql.shuffle.partitions", "2")  # tiny data: the default of 200 is 200 empty tasks a shuffle
         .config("spark.databricks.delta.snapshotPartitions", "1")  # the same for Delta's log (default 50)
+        .config("spark.sql.sources.parallelPartitionDiscovery.parallelism", "2")  # and for VACUUM (default 10,000: a minute)
         .config("spark.sql.maxMetadataStringLength", "2000")  # a plan's text names every filter pushed to a scan
         .config("spark.driver.memory", "2g")
         .config("spark.driver.host", "127.0.0.1")  # no look-up of the machine's name, which may not resolve

@@ -19,17 +19,18 @@ PACKAGE = ROOT / "spark_fs"
 
 #: Each module imports only what stands before it.
 ORDER = [
-    "errors", "intervals", "types", "spec", "definitions", "config", "transformations", "repo", "registry_tables", "registry",
-    "plan",
+    "errors", "intervals", "types", "spec", "definitions", "config", "transformations", "repo", "registry_tables", "ledger",
+    "registry", "names", "plan",
     "jars", "session", "files", "key_bytes",
     "offline.sources", "offline.compute", "offline.changes", "offline.layout", "offline.blocks", "offline.bucket_files",
     "offline.table_log", "offline.transaction", "offline.tables", "offline.placement", "offline.asof_plan",
     "offline.colocated", "offline.spine_files", "offline.spine_stats", "offline.asof",
     "offline.spines", "offline.datasets",
-    "online.codec", "online.connect", "online.encode", "online.redis_store", "online.compare", "online.executor",
+    "online.codec", "online.trust", "online.address", "online.connect", "online.lookup", "online.encode", "online.script",
+    "online.links", "online.redis_store", "online.acl", "online.capacity", "online.compare", "online.executor",
     "online.server", "online.read", "online.erase",
-    "doctor", "build", "materialize", "audit", "store", "console", "submit", "template",
-    "command", "machine", "publishing", "cli",
+    "doctor", "build", "publication", "dispatch", "room", "materialize", "audit", "store", "console", "submit",
+    "template", "command", "machine", "publishing", "cli",
 ]  # fmt: skip
 
 FILES = {".".join(file.relative_to(PACKAGE).with_suffix("").parts): file for file in sorted(PACKAGE.rglob("*.py"))}

@@ -29,7 +29,7 @@ from spark_fs.offline.blocks import Integers, as_integers
 from spark_fs.offline.colocated import NO_RESIDUE
 from spark_fs.offline.compute import key_residue
 from spark_fs.offline.placement import RESIDUES, Placement
-from spark_fs.offline.spine_files import read_plain_files, residues_of
+from spark_fs.offline.spine_files import LargeSpineError, read_plain_files, residues_of
 
 _LAST = datetime.max.replace(tzinfo=UTC)
 #: A spine is read by the driver if Spark's planner gives its sources at most so many bytes …
@@ -168,7 +168,10 @@ def small_spine(spine: DataFrame, time_column: str, tuples: Iterable[Sequence[st
         return None
     plain, at = plainly_named(spine)
     keys = list(dict.fromkeys(tuple(names) for names in tuples if names))
-    rows = read_plain_files(spine)
+    try:
+        rows = read_plain_files(spine, _SMALL_ARROW_BYTES)
+    except LargeSpineError:
+        return None
     if rows is not None and all(can_be_key(rows.schema.field(name).type) for names in keys for name in names):
         residues = [residues_of([rows[name] for name in names], RESIDUES) for names in keys]
         rows = rows.rename_columns(plain.columns)

@@ -48,6 +48,11 @@ _ARROW_CODECS = {name: name for name in ("snappy", "zstd", "gzip", "brotli")} | 
 _MOST_BATCH_BYTES = 128 << 20
 #: How often a commit is tried that others come in the way of.
 _ATTEMPTS = 3
+#: What Spark and Delta say of a version whose log or files were cleaned up, or may have been.
+_GONE = (
+    *("DELTA_VERSION_NOT_FOUND", "DELTA_FILE_NOT_FOUND", "FILE_NOT_EXIST", "VersionNotFoundException", "DELTA_TIMESTAMP"),
+    *("TIME_TRAVEL_BEYOND_DELETED_FILE_RETENTION", "DELTA_TRUNCATED_TRANSACTION_LOG"),
+)
 #: The folder of a bucket's files.
 _BUCKET_FOLDER = re.compile(r"/_bucket=(\d+)/")
 
@@ -121,7 +126,7 @@ class FeatureTable:
 
     def files_by_bucket(self, version: int) -> Counter[int]:
         """How many data files each bucket has at a version. Starts no job."""
-        return Counter(int(_BUCKET_FOLDER.findall(file)[-1]) for file in self.data_files(version))
+        return Counter(map(bucket_of_file, self.data_files(version)))
 
     def read(self, version: int | None = None) -> DataFrame:
         """The table's rows at a version (default: the newest)."""
@@ -288,6 +293,16 @@ class FeatureTable:
         order = [quoted(name) for name in (*self.view.key_names, "event_timestamp", "created_timestamp")]
         # Delta writes one file for each partition and bucket, and keeps an order that begins with the bucket.
         return rows.repartitionById(len(wanted.rewritten), position.cast("int")).sortWithinPartitions("_bucket", *order)
+
+
+def bucket_of_file(file: str) -> int:
+    """The bucket that a data file of a feature table belongs to."""
+    return int(_BUCKET_FOLDER.findall(file)[-1])
+
+
+def is_version_gone(error: BaseException) -> bool:
+    """Whether an older version of a table could not be read, for its log or its files were cleaned up."""
+    return any(mark in str(error) for mark in _GONE)
 
 
 def _as_bytes(spark: SparkSession, setting: str) -> int:

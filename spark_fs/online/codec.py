@@ -30,6 +30,7 @@ from __future__ import annotations
 import hashlib
 import struct
 import zlib
+from binascii import crc_hqx
 from collections.abc import Callable, Sequence
 from datetime import date, datetime, timedelta
 from decimal import Context, Decimal
@@ -87,9 +88,30 @@ def tombstone(generation: int) -> bytes:
     return HEADER.pack(generation, 0, 0, 0, 0)
 
 
-def key_digest(prefix: bytes, key: bytes) -> bytes:
-    """16 bytes that stand for an entity in all versions of a view: what is kept of a key that was erased."""
+def key_space(view: ViewSpec) -> bytes:
+    """What the digests of a view's entities are made with: equal for its versions with join keys of equal names and types."""
+    return canonical_json([view.project, view.name, [[key.name, key.type.name] for key in view.keys]]).encode()
+
+
+def key_digest(space: bytes, key: bytes) -> bytes:
+    """20 bytes that stand for an entity in a key space (``key_space``): what is kept of a key that was erased."""
+    return hashlib.blake2b(space + key, digest_size=20).digest()
+
+
+def first_key_digest(prefix: bytes, key: bytes) -> bytes:
+    """16 bytes, as digests were at first: they stand for equal key bytes in all versions of a view, whatever its join keys."""
     return hashlib.blake2b(prefix.partition(b"@")[0] + b":" + key, digest_size=16).digest()
+
+
+def erased_among(keys: Sequence[bytes | None], digests: frozenset[bytes], space: bytes, prefix: bytes) -> list[bool]:
+    """Which of the keys of a view version have one of these digests, in its key space or as they were at first."""
+    if not digests:
+        return [False] * len(keys)
+    first = any(len(digest) == 16 for digest in digests)
+    return [
+        key is not None and (key_digest(space, key) in digests or (first and first_key_digest(prefix, key) in digests))
+        for key in keys
+    ]
 
 
 def schema_id(features: Sequence[Column]) -> int:
@@ -113,6 +135,22 @@ def key_prefix(view: ViewSpec) -> bytes:
 def redis_key(prefix: bytes, key: bytes) -> bytes:
     """The Redis key of an entity: prefix, tag in braces, key bytes."""
     return b"%b{%d}:%b" % (prefix, zlib.crc32(key) % ONLINE_SLOTS, key)
+
+
+def shown_key(key: bytes) -> str:
+    """Key bytes as a message may show them: escaped and short."""
+    text = repr(key)[1:]
+    return text if len(text) <= 80 else f"{text[:80]}…"
+
+
+def tag_of(name: bytes) -> bytes:
+    """The tag of a Redis key that ``redis_key`` has made, without its braces."""
+    return name[name.index(b"{") + 1 : name.index(b"}")]
+
+
+def slot_of(tag: bytes) -> int:
+    """The slot of a Redis cluster that keys with this tag lie in."""
+    return crc_hqx(tag, 0) % 16384
 
 
 def key_bytes(values: Sequence[Any], keys: Sequence[Column]) -> bytes:

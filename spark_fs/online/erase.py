@@ -5,11 +5,23 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from spark_fs.online.codec import key_digest, key_prefix, redis_key
+from spark_fs.online.codec import first_key_digest, key_digest, key_prefix, key_space, redis_key
 from spark_fs.online.connect import erase_keys, reopen_keys
 from spark_fs.online.read import entity_keys
-from spark_fs.registry import Registry
+from spark_fs.registry import Registry, State
 from spark_fs.spec import ViewSpec
+
+
+def versions_alike(state: State, name: str, version: int | None) -> list[ViewSpec]:
+    """The versions of a view that have the same entities as one of them, which comes first: with equal join keys.
+
+    Without a version that is the current one, or the newest of a view that is no longer declared. Raises SFS-303.
+    """
+    if version is None and name not in state.views:
+        version = max((number for known, number in state.versions if known == name), default=None)
+    named = state.require_view(name, version)
+    alike = [view for view in state.versions.values() if view.name == name and view.keys == named.keys and view != named]
+    return [named, *alike]
 
 
 def erase_entities(
@@ -21,20 +33,20 @@ def erase_entities(
     undo: bool = False,
     socket_timeout_seconds: float = 10.0,
 ) -> dict[str, Any]:
-    """Erase entities from these versions of a view, or with ``undo`` allow them to be published again; safe to repeat.
+    """Erase entities from these versions of a view, which have the same join keys, or with ``undo`` allow them again.
+
+    Safe to repeat.
 
     Gives the view's name and the numbers of entities and of online keys. See ``FeatureStore.erase``.
     """
-    names: list[bytes] = []
-    digests: set[bytes] = set()
-    for view in versions:
-        prefix, keys = key_prefix(view), entity_keys(view, entity_rows)
-        names += [redis_key(prefix, key) for key in keys]
-        digests |= {key_digest(prefix, key) for key in keys}
+    keys = set(entity_keys(versions[0], entity_rows))
+    prefixes, space = [key_prefix(view) for view in versions], key_space(versions[0])
+    names = [redis_key(prefix, key) for prefix in prefixes for key in keys]
+    digests = {key_digest(space, key) for key in keys}
     # Noted keys are not written, so the note comes first and goes last: a tombstone without one would stop every run.
     if undo:
         reopen_keys(url, names, socket_timeout_seconds=socket_timeout_seconds)
-        registry.forget_erasures(versions[0], digests)
+        registry.forget_erasures(versions[0], digests | {first_key_digest(prefixes[0], key) for key in keys})
     else:
         registry.erase(versions[0], digests)
         erase_keys(url, names, socket_timeout_seconds=socket_timeout_seconds)

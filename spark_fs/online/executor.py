@@ -7,26 +7,97 @@ driver sees only their text.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING
+from itertools import groupby, pairwise
+from operator import itemgetter
+from typing import TYPE_CHECKING, Any
 
-from spark_fs.online.connect import redis_errors
+from spark_fs.online.codec import HEADER, read_header, redis_key
+from spark_fs.online.connect import open_client, redis_errors
 from spark_fs.online.redis_store import COUNTS, OnlineTarget, WriteCounts, bury_batches, write_batches
 from spark_fs.spec import Column
 
 if TYPE_CHECKING:
     import pyarrow as pa
 
+#: Buckets and the counts of their rows.
+Told = list[tuple[int, dict[str, int]]]
 #: Rows of a data file in memory at a time.
 BATCH_ROWS = 64 * 1024
-#: What these functions yield as their one row.
-MEASURES = (*COUNTS, "rows_read")
+#: How much of a column is read at once where only its first rows are wanted.
+_BUFFER_BYTES = 64 * 1024
+#: What these functions yield as their one row: sums, and last the least number of replicas, null where it was not asked.
+MEASURES = (*COUNTS, "rows_read", "replicas")
 
 
-def publish_rows(batches: Iterator[pa.RecordBatch], target: OnlineTarget) -> Iterator[pa.RecordBatch]:
-    """Write rows with ``_key`` (each once) and the target's columns; yields one row of ``MEASURES``. For ``mapInArrow``."""
+class Confirmed:
+    """What tasks tell of buckets of which every row is confirmed, (bucket, counts), while others still work.
+
+    It is the ``AccumulatorParam`` of a list of them. Spark adds what a task has told when the task has ended well.
+    """
+
+    def zero(self, _: Told) -> Told:
+        """Nothing told."""
+        return []
+
+    def addInPlace(self, told: Told, more: Told) -> Told:  # Spark's name
+        """Both."""
+        told += more
+        return told
+
+
+def publish_rows(batches: Iterator[pa.RecordBatch], target: OnlineTarget, confirmed: Any = None) -> Iterator[pa.RecordBatch]:
+    """Write rows with ``_key`` (each once) and the target's columns; yields one row of ``MEASURES``. For ``mapInArrow``.
+
+    ``confirmed`` is an accumulator of ``Confirmed``, told of each bucket where rows have a ``_bucket``, those of one together.
+    """
+    total = WriteCounts()
     with redis_errors():
-        counts = write_batches(batches, target, distinct=True)
-    yield _measures(counts, counts.rows)
+        for bucket, rows in groupby(_by_bucket(batches), itemgetter(0)):
+            counts = write_batches((batch for _, batch in rows), target, distinct=True)
+            total += counts
+            _tell(confirmed, bucket, counts)
+    yield _measures(total, total.rows)
+
+
+def _by_bucket(batches: Iterator[pa.RecordBatch]) -> Iterator[tuple[int | None, pa.RecordBatch]]:
+    """Each batch in pieces of one bucket; None where there are no buckets."""
+    import numpy as np
+
+    for batch in batches:
+        if "_bucket" not in batch.schema.names:
+            yield None, batch
+            continue
+        buckets = batch.column("_bucket").to_numpy()
+        ends = np.flatnonzero(np.append(buckets[1:] != buckets[:-1], True)) + 1
+        for start, end in pairwise([0, *ends.tolist()] if len(buckets) else []):
+            yield int(buckets[start]), batch.slice(start, end - start)
+
+
+def _tell(confirmed: Any, bucket: int | None, counts: WriteCounts) -> None:
+    if confirmed is not None and bucket is not None:
+        confirmed.add([(bucket, {name: getattr(counts, name) for name in COUNTS})])
+
+
+def publish_in_place_of_lost(batches: Iterator[pa.RecordBatch], target: OnlineTarget) -> Iterator[pa.RecordBatch]:
+    """As ``publish_rows``, but only where a row is served whose times are among those in ``_lost``.
+
+    These are structs of ``event_us`` and ``created_us``, as in ``codec.Header``.
+    """
+    import pyarrow as pa
+
+    def served() -> Iterator[pa.RecordBatch]:
+        with open_client(target.url, socket_timeout_seconds=target.socket_timeout_seconds) as client:
+            for batch in batches:
+                keys = batch.column("_key").to_pylist()
+                kept = []
+                for key, lost in zip(keys, batch.column("_lost").to_pylist(), strict=True):
+                    stored: Any = client.get(redis_key(target.prefix, key))
+                    there = read_header(stored) if stored and len(stored) >= HEADER.size else None
+                    times = {(each["event_us"], each["created_us"]) for each in lost}
+                    kept.append(there is not None and (there.event_us, there.created_us) in times)
+                yield batch.filter(pa.array(kept, pa.bool_()))
+
+    yield from publish_rows(served(), target)
 
 
 def bury_rows(batches: Iterator[pa.RecordBatch], target: OnlineTarget) -> Iterator[pa.RecordBatch]:
@@ -37,30 +108,36 @@ def bury_rows(batches: Iterator[pa.RecordBatch], target: OnlineTarget) -> Iterat
 
 
 def publish_files(
-    batches: Iterator[pa.RecordBatch], target: OnlineTarget, keys: Sequence[Column], start_us: int, end_us: int
+    batches: Iterator[pa.RecordBatch],
+    target: OnlineTarget,
+    keys: Sequence[Column],
+    start_us: int,
+    end_us: int,
+    confirmed: Any = None,
 ) -> Iterator[pa.RecordBatch]:
     """Write the newest row of each key with an event time in ``[start_us, end_us)`` from the files named in ``file``.
+
+    ``_bucket`` is the file's; ``confirmed`` is told of it (see ``publish_rows``).
 
     The files are Parquet, at URIs or absolute paths. In each the rows of a key must stand together, newest last, and no two
     may share a key (``tables.can_be_read_in_place``). Memory is bounded by ``BATCH_ROWS``. Yields one row of ``MEASURES``.
     """
-    read = [0]
-
-    def rows() -> Iterator[pa.RecordBatch]:
-        for batch in batches:
-            for file in batch.column("file").to_pylist():
-                yield from _newest(_rows_within(file, target, keys, start_us, end_us, read))
-
+    read, total = [0], WriteCounts()
     with redis_errors():
-        counts = write_batches(rows(), target, distinct=True)
-    yield _measures(counts, read[0])
+        for batch in batches:
+            for file, bucket in zip(*(batch.column(name).to_pylist() for name in ("file", "_bucket")), strict=True):
+                rows = _newest(_rows_within(file, target, keys, start_us, end_us, read))
+                counts = write_batches(rows, target, distinct=True)
+                total += counts
+                _tell(confirmed, bucket, counts)
+    yield _measures(total, read[0])
 
 
 def _measures(counts: WriteCounts, rows_read: int) -> pa.RecordBatch:
     import pyarrow as pa
 
-    values = {name: getattr(counts, name) for name in COUNTS}
-    return pa.RecordBatch.from_pylist([{**values, "rows_read": rows_read}])
+    values = {**{name: getattr(counts, name) for name in COUNTS}, "rows_read": rows_read, "replicas": counts.replicas}
+    return pa.RecordBatch.from_pylist([values], pa.schema([(name, pa.int64()) for name in MEASURES]))
 
 
 def _rows_within(
@@ -72,21 +149,53 @@ def _rows_within(
     import pyarrow.parquet as pq
 
     from spark_fs.files import open_file
-    from spark_fs.key_bytes import key_column
-    from spark_fs.online.encode import BUILD, CREATED, EVENT, KEY
+    from spark_fs.online.encode import EVENT
 
-    names = [key.name for key in keys]
-    values = [EVENT, CREATED, BUILD, *(feature.name for feature in target.features)]
     start, end = (pa.scalar(micros, pa.int64()).cast(pa.timestamp("us", tz="UTC")) for micros in (start_us, end_us))
     with open_file(file) as stream:
         parquet = pq.ParquetFile(stream)
-        for whole in parquet.iter_batches(BATCH_ROWS, columns=[*names, *values]):
+        for whole in parquet.iter_batches(BATCH_ROWS, columns=_columns(target, keys)):
             event = whole.column(EVENT)
             batch = whole.filter(pc.and_(pc.greater_equal(event, start), pc.less(event, end)))
             read[0] += batch.num_rows
-            columns = [key_column([batch.column(name) for name in names], batch.num_rows)]
-            columns += [batch.column(name) for name in values]
-            yield pa.RecordBatch.from_arrays(columns, names=[KEY, *values])
+            yield _with_key(batch, target, keys)
+
+
+def first_rows(file: str, target: OnlineTarget, keys: Sequence[Column], most: int) -> pa.RecordBatch | None:
+    """The first rows of a data file, at most so many, as ``publish_files`` writes them, of any event time; None without any."""
+    import pyarrow.parquet as pq
+
+    from spark_fs.files import open_file
+
+    with open_file(file) as stream:
+        # With a buffer pages are read as they are needed, not whole columns.
+        parquet = pq.ParquetFile(stream, buffer_size=_BUFFER_BYTES)
+        if not parquet.metadata.num_rows:
+            return None
+        return _with_key(next(parquet.iter_batches(most, columns=_columns(target, keys))), target, keys)
+
+
+def _columns(target: OnlineTarget, keys: Sequence[Column]) -> list[str]:
+    """The columns of a data file that make rows for the target."""
+    return [*(key.name for key in keys), *_values(target)]
+
+
+def _values(target: OnlineTarget) -> list[str]:
+    from spark_fs.online.encode import BUILD, CREATED, EVENT
+
+    return [EVENT, CREATED, BUILD, *(feature.name for feature in target.features)]
+
+
+def _with_key(batch: pa.RecordBatch, target: OnlineTarget, keys: Sequence[Column]) -> pa.RecordBatch:
+    """Rows of a data file with ``_key`` in the place of their join keys."""
+    import pyarrow as pa
+
+    from spark_fs.key_bytes import key_column
+    from spark_fs.online.encode import KEY
+
+    values = _values(target)
+    columns = [key_column([batch.column(key.name) for key in keys], batch.num_rows)]
+    return pa.RecordBatch.from_arrays([*columns, *(batch.column(name) for name in values)], names=[KEY, *values])
 
 
 def _newest(batches: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:

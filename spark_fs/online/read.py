@@ -5,11 +5,13 @@ from __future__ import annotations
 import base64
 import html
 import math
+import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import date, datetime, timedelta
 from decimal import Decimal
+from functools import partial
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
@@ -19,15 +21,13 @@ from spark_fs.online.codec import HEADER, SIGN_BIT, Decoder, key_bytes, key_pref
 from spark_fs.spec import Selection, ViewSpec, output_names, select
 
 if TYPE_CHECKING:
-    import redis
+    from spark_fs.online.connect import Client
 
 PRESENT = "PRESENT"
 NULL_VALUE = "NULL_VALUE"
 NOT_FOUND = "NOT_FOUND"
 OUTSIDE_MAX_AGE = "OUTSIDE_MAX_AGE"
 
-#: Keys per MGET: a longer one would hold up other readers of the server.
-KEYS_PER_COMMAND = 1_000
 #: Rows that a notebook shows.
 SHOWN_ROWS = 20
 
@@ -156,15 +156,19 @@ def _jsonable(value: Any) -> Any:
 class OnlineReader:
     """Reads features from one online store; threads may share it. Close it, or use it in a ``with`` block.
 
-    ``url`` is ``redis://``, ``rediss://`` or ``unix://``; no connection is made before the first read. A read that
-    gets no answer in ``socket_timeout_seconds`` is tried twice more, then fails.
+    ``url``: see ``address.parse_address``, which raises SFS-614; no connection is made before the first read. A read that
+    gets no answer in ``socket_timeout_seconds`` is tried twice more, then fails. While a replica takes over, reads of what
+    it has fail; after that they give the same values again.
     """
 
     def __init__(self, url: str, *, socket_timeout_seconds: float = 5.0) -> None:
-        from spark_fs.online import connect  # redis takes 0.2 s to import: not before a reader is made
+        from spark_fs.online import address, connect, lookup  # redis takes 0.2 s to import: not before a reader is made
 
-        self._errors = connect.redis_errors
-        self._client: redis.Redis = connect.open_client(url, socket_timeout_seconds=socket_timeout_seconds)
+        address.parse_address(url)
+        self._errors, self._stored_values = connect.redis_errors, lookup.stored_values
+        self._open = partial(connect.open_client, url, socket_timeout_seconds=socket_timeout_seconds)
+        self._client: Client | None = None
+        self._opening = threading.Lock()
 
     def __enter__(self) -> OnlineReader:
         return self
@@ -174,7 +178,8 @@ class OnlineReader:
 
     def close(self) -> None:
         """Close all connections."""
-        self._client.close()
+        if self._client is not None:
+            self._client.close()
 
     def read(
         self,
@@ -210,13 +215,9 @@ class OnlineReader:
 
     def _fetch(self, keys: list[bytes]) -> list[bytes | None]:
         with self._errors():
-            if len(keys) <= KEYS_PER_COMMAND:
-                found: Any = self._client.mget(keys) if keys else []
-                return list(found)
-            pipeline = self._client.pipeline(transaction=False)
-            for start in range(0, len(keys), KEYS_PER_COMMAND):
-                pipeline.mget(keys[start : start + KEYS_PER_COMMAND])
-            return [value for part in pipeline.execute() for value in part]
+            with self._opening:
+                self._client = self._client or self._open()
+            return self._stored_values(self._client, keys)
 
 
 def entity_keys(view: ViewSpec, entity_rows: Sequence[Mapping[str, Any]] | Mapping[str, Sequence[Any]]) -> list[bytes]:

@@ -9,6 +9,7 @@ import subprocess
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from datetime import datetime, timedelta, timezone
 from pathlib import Path
 from typing import Any
@@ -89,8 +90,8 @@ def view_of(
     return ViewSpec("flights", name, 1, ("airport",), tuple(keys), tuple(features), source, ttl)
 
 
-def target_of(url: str, view: ViewSpec | None = None, **more: Any) -> OnlineTarget:
-    return OnlineTarget.of(url, view or view_of(), **more)
+def target_of(url: str, view: ViewSpec | None = None, wait_replicas: int = 0, **more: Any) -> OnlineTarget:
+    return replace(OnlineTarget.of(url, view or view_of(), **more), wait_replicas=wait_replicas)
 
 
 def batch(

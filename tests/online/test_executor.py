@@ -98,6 +98,27 @@ def place(request: pytest.FixtureRequest, tmp_path: Path) -> str:
     return str(request.getfixturevalue("s3")) if request.param == "s3" else tmp_path.as_uri()
 
 
+class Told:
+    """What Spark makes of ``executor.Confirmed``, in one process."""
+
+    def __init__(self) -> None:
+        self.value = executor.Confirmed().zero([])
+
+    def add(self, told: executor.Told) -> None:
+        self.value = executor.Confirmed().addInPlace(self.value, told)
+
+
+def test_each_bucket_is_told_when_its_rows_are_confirmed(url: str) -> None:
+    """Also where a bucket goes over two batches, and where a batch has none."""
+    target, confirmed = target_of(url), Told()
+    buckets = [pa.array([1, 1, 2], pa.int32()), pa.array([2, 4], pa.int32()), pa.array([], pa.int32())]
+    rows = [batch([b"a", b"b", b"c"]), batch([b"d", b"e"]), batch([])]
+    batches = [part.append_column("_bucket", column) for part, column in zip(rows, buckets, strict=True)]
+    (measures,) = executor.publish_rows(iter(batches), target, confirmed)
+    assert [(bucket, counts["applied"]) for bucket, counts in confirmed.value] == [(1, 2), (2, 2), (4, 1)]
+    assert measures.to_pylist()[0]["applied"] == 5
+
+
 def test_files_are_published_newest_row_first_to_last(
     url: str, client: redis.Redis, place: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -108,12 +129,29 @@ def test_files_are_published_newest_row_first_to_last(
         write_file(f"{place}/c.parquet", [(3, NOON - HOUR, 30), (4, NOON + HOUR, 40)]),
     ]
     target = target_of(url, view_of(keys=[Column("id", Int64)]))
-    named = pa.RecordBatch.from_pydict({"file": files})
+    named = pa.RecordBatch.from_pydict({"file": files, "_bucket": [5, 7]})
+    confirmed = Told()
     bounds = {"start_us": to_micros(NOON), "end_us": to_micros(NOON + 3 * HOUR)}
-    (measures,) = executor.publish_files(iter([named]), target, [Column("id", Int64)], **bounds)
+    (measures,) = executor.publish_files(iter([named]), target, [Column("id", Int64)], **bounds, confirmed=confirmed)
+    assert [(bucket, counts["applied"]) for bucket, counts in confirmed.value] == [(5, 2), (7, 1)]
     assert measures.to_pylist()[0].items() >= {"rows_read": 4, "applied": 3, "equal": 0, "stale": 0}.items()
     values = {key: stored(client, b"%d" % key, target) for key in (1, 2, 3, 4)}
     assert values == {1: [11, None], 2: [20, None], 3: None, 4: [40, None]}
+
+
+def test_the_first_rows_of_a_file_are_as_it_publishes_them(place: str) -> None:
+    """At most as many as asked for, with their key bytes; none of a file without rows."""
+    file = write_file(f"{place}/rows.parquet", [(number, NOON, number * 10) for number in range(5)])
+    keys = [Column("id", Int64)]
+    target = target_of("redis://nowhere", view_of(keys=keys))
+    first = executor.first_rows(file, target, keys, 3)
+    assert first is not None
+    assert first.column("_key").to_pylist() == [b"0", b"1", b"2"]
+    assert first.column("n").to_pylist() == [0, 10, 20]
+    whole = executor.first_rows(file, target, keys, 100)
+    assert whole is not None
+    assert whole.num_rows == 5
+    assert executor.first_rows(write_file(f"{place}/empty.parquet", []), target, keys, 3) is None
 
 
 def test_a_vector_may_be_null_in_all_rows_of_a_batch() -> None:

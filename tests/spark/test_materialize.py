@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from datetime import date, datetime, timedelta, timezone
 from decimal import Decimal
 from functools import partial
 from pathlib import Path
+from threading import Barrier
 from typing import Any
 
 import pyarrow as pa
@@ -22,15 +24,18 @@ from pyspark.sql import functions as F
 from spark_fs import FeatureStore
 from spark_fs.audit import STATUSES
 from spark_fs.build import build_interval
+from spark_fs.dispatch import publish_rows
 from spark_fs.errors import ConflictError, ExitCode, InvalidError, PartlyDoneError, SparkFSError, UnavailableError
 from spark_fs.files import feature_table_path
-from spark_fs.intervals import Interval
-from spark_fs.materialize import MaterializeResult, materialize_view, publish_rows
+from spark_fs.intervals import BEGINNING, Interval
+from spark_fs.ledger import Published
+from spark_fs.materialize import MaterializeResult, materialize_view
 from spark_fs.offline.tables import FeatureTable
 from spark_fs.online import executor, server
+from spark_fs.online.capacity import Demand, check_capacity
 from spark_fs.online.codec import key_prefix, redis_key
 from spark_fs.online.redis_store import OnlineTarget, write_batches
-from spark_fs.registry import Published, Registry
+from spark_fs.registry import Registry
 from spark_fs.spec import ViewSpec
 from tests.online.servers import batch, free_port, redis_process, view_of
 from tests.project import open_project, write
@@ -306,18 +311,40 @@ def test_a_build_that_commits_after_a_later_one_is_not_missed(fs: FeatureStore, 
 
 
 def test_two_materializations_at_once_end_as_one(fs: FeatureStore, folder: Path, spark: SparkSession) -> None:
-    """A backfill and an incremental run side by side leave the newest row of each key."""
+    """A backfill and an incremental run side by side, neither of which waits, leave the newest row of each key."""
     users = range(2_000)
     put(folder, [(user, START + (user * 7 + n) % 50 * HOUR, user * 10 + n) for user in users for n in range(3)])
     fs.build(end=END)
-    other = FeatureStore(folder, "test", spark=spark)
+    view = fs.registry.state().require_view("spend")
+    table = FeatureTable(spark, feature_table_path(fs.environment.offline_root, view), view)
+    target, barrier = OnlineTarget.of(fs.online_url(), view), Barrier(2)
+
+    def run(interval: Interval) -> MaterializeResult:
+        registry = Registry(fs.environment.registry_url, fs.project)
+        barrier.wait()
+        return materialize_view(registry, table, target, interval)
+
     with ThreadPoolExecutor(2) as pool:
-        backfill = pool.submit(other.materialize, START, START + DAY)
-        incremental = pool.submit(fs.materialize_incremental, END)
-    for run in (backfill, incremental):
-        assert run.result()[0].rows_read > 0
+        results = list(pool.map(run, (Interval(START, START + DAY), Interval(BEGINNING, END))))
+    assert all(result.rows_read > 0 for result in results)
     newest = [max(((user * 7 + n) % 50, user * 10 + n) for n in range(3))[1] for user in users]
     assert online(fs, users) == newest
+
+
+def test_a_run_waits_for_another_of_the_same_view(fs: FeatureStore, folder: Path, spark: SparkSession) -> None:
+    """It finds then that all is done; where the other takes too long it is told, and nothing is changed."""
+    put(folder, [(1, START, 10)])
+    fs.build(end=END)
+    other, view = FeatureStore(folder, "test", spark=spark), fs.registry.state().require_view("spend")
+    with ThreadPoolExecutor(1) as pool:
+        with other.registry.ledger.held(view, "other", 0):
+            waiting = pool.submit(fs.materialize_incremental, END)
+            time.sleep(1)
+            assert not waiting.done()
+            assert online(fs, [1]) == ["NOT_FOUND"]
+            materialize_view(other.registry, fs._offline.table(view), fs._target(view), Interval(BEGINNING, END))
+        assert counts(waiting.result()) == (0, 0, 0, 0, 0)
+    assert online(fs, [1]) == [10]
 
 
 # ---- what is not true any more
@@ -501,6 +528,125 @@ def test_a_run_that_others_overtake_looks_again_and_ends(fs: FeatureStore, folde
     assert online(fs, [1]) == [11]
 
 
+class CutRegistry(Registry):
+    """A registry whose run is cut off after all is written, before it is noted; once."""
+
+    cut = True
+
+    def set_published(self, view: ViewSpec, before: Published | None, after: Published, generation: int) -> bool:
+        if self.cut:
+            self.cut = False
+            raise InterruptedError("the process has ended here")
+        return super().set_published(view, before, after, generation)
+
+
+@pytest.mark.parametrize("published_before", [False, True])
+@pytest.mark.parametrize("restate", [False, True])
+def test_a_row_that_was_written_but_never_noted_goes_when_a_build_removes_it(
+    fs: FeatureStore, folder: Path, spark: SparkSession, published_before: bool, restate: bool
+) -> None:
+    """The next run knows what the one before had set out to write, whatever has become of the table, and finishes it."""
+    put(folder, [(1, START, 10)])
+    fs.build(end=END)
+    if published_before:
+        fs.materialize_incremental(START + HOUR)
+    put(folder, [(1, START, 10), (1, START + DAY, 11), (2, START + DAY, 21), (3, START + DAY, 31)])
+    fs.build(start=START, end=END)
+    registry = CutRegistry(fs.environment.registry_url, fs.project)
+    view = fs.registry.state().require_view("spend")
+    table = FeatureTable(spark, feature_table_path(fs.environment.offline_root, view), view)
+    target = OnlineTarget.of(fs.online_url(), view)
+    with pytest.raises(InterruptedError):
+        materialize_view(registry, table, target, Interval(START, END), restate=restate)
+    assert online(fs, [1, 2, 3]) == [11, 21, 31]
+    (left,) = registry.ledger.unfinished(view)
+    assert left.state == "running"
+    assert sum(part.counts["applied"] for part in left.parts) == 3
+
+    put(folder, [(1, START, 10), (3, START + DAY, 31)])
+    fs.build(start=START, end=END)
+    (result,) = fs.materialize(START, END)
+    assert (result.withdrawn, online(fs, [1, 2, 3])) == (2, [10, "NOT_FOUND", 31])
+    assert registry.ledger.unfinished(view) == []
+    assert counts(fs.materialize(START, END)) == (0, 0, 0, 0, 0)
+    assert fs.audit()[0].ok
+
+
+def test_a_restated_row_that_is_gone_uncovers_the_newest(fs: FeatureStore, folder: Path) -> None:
+    """Deleted at the source, it is served no more; a restated row that is still there stays, whatever else its key has lost."""
+    middle = START + DAY
+    rows = [(1, START, 10), (1, middle, 11), (2, START, 20), (2, START + HOUR, 21), (2, middle, 22)]
+    put(folder, rows)
+    fs.materialize_incremental(END)
+    fs.materialize(START, START + HOUR, restate=True)
+    assert online(fs, [1, 2]) == [10, 20]
+    assert rebuilt(fs, folder, [(1, middle, 11), (2, START, 20), (2, middle, 22)]).withdrawn == 1
+    assert online(fs, [1, 2]) == [11, 20]
+    assert fs.audit()[0].ok
+
+
+def test_a_run_that_was_stopped_goes_on_with_the_buckets_that_are_left(tmp_path: Path, spark: SparkSession) -> None:
+    """What was confirmed before the server was full is not sent again; the ledger has both runs, bucket by bucket."""
+    with redis_process(tmp_path) as url, redis.Redis.from_url(url) as client:
+        fs = open_project(tmp_path, SPEND, spark, settings=f"online:\n  url: {url}\noffline:\n  buckets: 16\n")
+        fs.apply()
+        put(tmp_path, [(user, START, user) for user in range(20_000)])
+        fs.build(end=END)
+        client.config_set("maxmemory", client.info()["used_memory"] + 1_000_000)
+        with pytest.raises(SparkFSError, match="SFS-603") as caught:
+            fs.materialize_incremental(END)
+        view = fs.registry.state().require_view("spend")
+        (left,) = fs.registry.ledger.unfinished(view)
+        confirmed = sum(part.counts["applied"] for part in left.parts)
+        assert 0 < len(left.parts) < 16
+        assert 0 < confirmed <= client.dbsize()
+        assert caught.value.unfinished == [
+            {
+                "view": "spend@1",
+                "state": "failed",
+                "buckets_done": len(left.parts),
+                "buckets_left": 16 - len(left.parts),
+                "error": "SFS-603",
+            }
+        ]
+        client.config_set("maxmemory", 0)
+        (result,) = fs.materialize_incremental(END)
+        assert (result.resumed, result.rows_read) == (len(left.parts), 20_000 - confirmed)
+        assert online(fs, [0, 19_999]) == [0, 19_999]
+        assert fs.audit()[0].ok
+        runs = [run["run_id"] for run in fs.registry.runs() if run["kind"] == "materialize"]
+        run, publications = fs.run(runs[1])
+        assert (run["state"], [publication["state"] for publication in publications]) == ("failed", ["done"])
+        assert sum(bucket["applied"] + bucket["equal"] for bucket in publications[0]["buckets"]) == 20_000
+        assert fs.run(runs[0])[1] == []
+
+
+def test_data_lost_while_a_run_writes_are_noticed_by_it(tmp_path: Path, spark: SparkSession) -> None:
+    """A server that comes back empty in the middle has lost the mark that the run left before it wrote."""
+    with redis_process(tmp_path) as url:
+        fs = against(tmp_path, spark, url)
+        put(tmp_path, [(user, START, user) for user in range(100)])
+        fs.build(end=END)
+        view = fs.registry.state().require_view("spend")
+        table = FeatureTable(spark, feature_table_path(fs.environment.offline_root, view), view)
+
+        class FlushedTable(FeatureTable):
+            """Its server loses all between the run's first mark and its last."""
+
+            def data_files(self, version: int) -> list[str]:
+                with redis.Redis.from_url(url) as client:
+                    client.flushall()
+                return super().data_files(version)
+
+        target = OnlineTarget.of(url, view)
+        flushed = FlushedTable(table.spark, table.path, view)
+        with pytest.raises(SparkFSError, match=r"SFS-616.*meanwhile"):
+            materialize_view(fs.registry, flushed, target, Interval(START, END))
+        assert fs.registry.published(view) is None
+        assert counts(fs.materialize_incremental(END)) == (100, 0, 100, 0, 0)
+        assert fs.audit()[0].ok
+
+
 # ---- what the server has lost, and what it should not have
 
 
@@ -656,6 +802,7 @@ class Model:
     covered: int = 0
     build: int = 0
     generation: int = 1
+    has_restated: bool = False
     known: dict[tuple[int, int], tuple[int, int]] = field(default_factory=dict)
     hours: set[int] = field(default_factory=set)
     sent: list[tuple[int, dict[tuple[int, int], tuple[int, int]]]] = field(default_factory=list)
@@ -689,17 +836,21 @@ class Model:
         changed = {p: row for p, row in self.table.items() if p[1] in hours and self.known.get(p, (0, None))[1] != row[1]}
         for user in users:
             self.offer(user, self.newest(user, {event for of, event in changed if of == user}))
-        lost = {of: max(event for o, event in self.known if o == of and event in hours and (of, event) not in self.table)
-                for of, event in self.known if event in hours and (of, event) not in self.table}  # fmt: skip
+        lost: dict[int, set[int]] = {}
+        for of, event in self.known:
+            if event in hours and (of, event) not in self.table:
+                lost.setdefault(of, set()).add(event)
         self.hours |= wanted
         if lost:
             self.generation += 1
-        for user, at in lost.items():
+        for user, events in lost.items():
             row = self.newest(user, self.hours) or (self.generation, -1, -1, None)
-            if row[1] < at and user not in self.erased:
+            is_served = self.has_restated and self.online.get(user, row)[1] in events
+            if (row[1] < max(events) or is_served) and user not in self.erased:
                 self.offer(user, row, restate=True)
         offering = began
         if restate:
+            self.has_restated = True
             self.generation += 1
             offering = self.generation
         for user in users:
@@ -839,12 +990,20 @@ def test_an_evicting_server_is_refused(tmp_path: Path, spark: SparkSession) -> N
     assert "allkeys-lru" in str(error)
 
 
-def test_a_full_server_fails_the_run_and_the_next_one_completes_it(tmp_path: Path, spark: SparkSession) -> None:
+def test_a_full_server_fails_the_run_and_the_next_one_completes_it(
+    tmp_path: Path, spark: SparkSession, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Out of memory in an executor reaches the driver as SFS-603; with more memory the same run ends complete."""
     with redis_process(tmp_path) as url, redis.Redis.from_url(url) as client:
         fs = against(tmp_path, spark, url)
         put(tmp_path, [(user, START, user) for user in range(20_000)])
-        client.config_set("maxmemory", client.info()["used_memory"] + 300_000)
+
+        def look(demand: Demand, count_new_keys: Callable[[], int]) -> Demand:
+            """Finds room enough, which others have taken a moment later."""
+            client.config_set("maxmemory", client.info()["used_memory"] + 300_000)
+            return check_capacity(demand, count_new_keys)
+
+        monkeypatch.setattr("spark_fs.room.check_capacity", look)
         with pytest.raises(SparkFSError) as caught:
             fs.materialize_incremental(END)
         assert caught.value.code == "SFS-603"
@@ -854,6 +1013,7 @@ def test_a_full_server_fails_the_run_and_the_next_one_completes_it(tmp_path: Pat
         written = client.dbsize()
         assert 0 < written < 20_000
         client.config_set("maxmemory", 0)
+        monkeypatch.undo()
         assert counts(fs.materialize_incremental(END)) == (20_000, 20_000 - written, written, 0, 0)
         assert online(fs, [0, 19_999]) == [0, 19_999]
 

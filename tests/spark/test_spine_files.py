@@ -6,6 +6,7 @@ from datetime import date, datetime, timedelta, timezone
 from decimal import Decimal
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -14,10 +15,11 @@ from pyspark.sql import functions as F
 
 from spark_fs.key_bytes import can_be_key
 from spark_fs.offline.compute import key_residue
-from spark_fs.offline.spine_files import read_plain_files, residues_of
+from spark_fs.offline.spine_files import MOST_FILES, LargeSpineError, read_plain_files, residues_of
 from spark_fs.offline.spine_stats import small_spine
 
 UTC = timezone.utc
+MOST = 64 << 20
 NOON = datetime(2024, 3, 10, 12, tzinfo=UTC)
 INSTANT = pa.timestamp("us", tz="UTC")
 COLUMNS = {
@@ -56,7 +58,7 @@ def test_arrow_reads_what_spark_reads(spark: SparkSession, tmp_path: Path, files
     spark.read.parquet(path).write.parquet(str(tmp_path / "spark"))
     for place in (path, str(tmp_path / "spark")):
         frame = spark.read.parquet(place)
-        found = read_plain_files(frame)
+        found = read_plain_files(frame, MOST)
         assert found is not None
         assert found.column_names == frame.columns
         assert as_rows(found) == as_rows(frame.toArrow())
@@ -93,7 +95,7 @@ def test_a_small_spine_is_the_same_with_and_without_spark(
         assert list(spark.sparkContext.statusTracker().getJobIdsForGroup(group)) == []
     finally:
         spark.sparkContext.setLocalProperty("spark.jobGroup.id", "")
-    monkeypatch.setattr("spark_fs.offline.spine_stats.read_plain_files", lambda _: None)
+    monkeypatch.setattr("spark_fs.offline.spine_stats.read_plain_files", lambda *_: None)
     fetched = small_spine(frame, "event_timestamp", [("id",)])
     assert direct is not None
     assert fetched is not None
@@ -144,7 +146,7 @@ LEFT_TO_SPARK = {
 @pytest.mark.parametrize("what", LEFT_TO_SPARK)
 def test_what_may_differ_is_left_to_spark(spark: SparkSession, tmp_path: Path, what: str) -> None:
     """Anything but whole files with exactly the columns asked for."""
-    assert read_plain_files(LEFT_TO_SPARK[what](spark, str(tmp_path / "rows"))) is None
+    assert read_plain_files(LEFT_TO_SPARK[what](spark, str(tmp_path / "rows")), MOST) is None
 
 
 def test_other_formats_and_lost_files_are_left_to_spark(spark: SparkSession, tmp_path: Path) -> None:
@@ -153,9 +155,80 @@ def test_other_formats_and_lost_files_are_left_to_spark(spark: SparkSession, tmp
     spark.range(4).write.csv(str(tmp_path / "csv"), header=True)
     delta = spark.read.format("delta").load(str(tmp_path / "delta"))
     text = spark.read.csv(str(tmp_path / "csv"), header=True)
-    assert read_plain_files(delta) is None
-    assert read_plain_files(text) is None
+    assert read_plain_files(delta, MOST) is None
+    assert read_plain_files(text, MOST) is None
     gone = plain(spark, str(tmp_path / "rows"), "id")
     for file in (tmp_path / "rows").glob("*.parquet"):
         file.unlink()
-    assert read_plain_files(gone) is None
+    assert read_plain_files(gone, MOST) is None
+
+
+# ---- bounds
+
+
+def test_many_files_are_left_to_spark(spark: SparkSession, tmp_path: Path) -> None:
+    """Its tasks open them side by side."""
+    rows = pa.table({"id": range(MOST_FILES + 1)})
+    assert read_plain_files(spark.read.parquet(write(tmp_path / "more", rows, MOST_FILES + 1)), MOST) is None
+    found = read_plain_files(spark.read.parquet(write(tmp_path / "as many", rows.slice(1), MOST_FILES)), MOST)
+    assert found is not None
+    assert sorted(found["id"].to_pylist()) == list(range(1, MOST_FILES + 1))
+
+
+def test_footers_tell_of_too_many_rows_before_one_is_decoded(
+    spark: SparkSession, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One value a million times is a small file and a large column: 16 MB of values, and bits that none is null."""
+    rows = pa.table({"id": pa.array(np.zeros(1_000_000, np.int64)), "at": pa.array(np.zeros(1_000_000, np.int64), INSTANT)})
+    path = write(tmp_path / "rows", rows, 2)
+    assert sum(file.stat().st_size for file in Path(path).iterdir()) < 100_000
+    frame = spark.read.parquet(path)
+    found = read_plain_files(frame, 17_000_000)
+    assert found is not None
+    assert found.num_rows == 1_000_000
+    monkeypatch.setattr(pq.ParquetFile, "iter_batches", lambda *_: pytest.fail("a row was decoded"))
+    with pytest.raises(LargeSpineError):
+        read_plain_files(frame, 15_999_999)
+
+
+def test_texts_that_grow_when_decoded_are_noticed_in_time(spark: SparkSession, tmp_path: Path) -> None:
+    """The footer does not tell how long they are: decoding ends soon after the bound."""
+    rows = pa.table({"id": pa.array(["x" * 1_000]).take(pa.array(np.zeros(400_000, np.int64)))})  # 400 MB
+    path = write(tmp_path / "rows", rows, 4)
+    del rows
+    frame = spark.read.parquet(path)
+    pool = pa.jemalloc_memory_pool() if "jemalloc" in pa.supported_memory_backends() else pa.system_memory_pool()
+    before = pa.default_memory_pool()
+    pa.set_memory_pool(pool)
+    try:
+        peak = pool.max_memory() or 0
+        with pytest.raises(LargeSpineError):
+            read_plain_files(frame, 20_000_000)
+        assert (pool.max_memory() or 0) - peak < 60_000_000
+    finally:
+        pa.set_memory_pool(before)
+
+
+def test_a_spine_too_large_to_keep_starts_no_job(spark: SparkSession, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is not fetched by Spark instead, only to be thrown away."""
+    monkeypatch.setattr("spark_fs.offline.spine_stats._SMALL_ARROW_BYTES", 1_000)
+    rows = pa.table({"id": range(500), "event_timestamp": pa.array(range(500), INSTANT)})
+    frame = spark.read.parquet(write(tmp_path / "spine", rows))
+    group = f"large spine {tmp_path}"
+    spark.sparkContext.setJobGroup(group, group)
+    try:
+        assert small_spine(frame, "event_timestamp", [("id",)]) is None
+        assert list(spark.sparkContext.statusTracker().getJobIdsForGroup(group)) == []
+    finally:
+        spark.sparkContext.setLocalProperty("spark.jobGroup.id", "")
+
+
+def test_files_of_which_some_have_no_nulls_are_one_table(spark: SparkSession, tmp_path: Path) -> None:
+    """A column that may not be null in one file is as good as one that may."""
+    (tmp_path / "rows").mkdir()
+    for number, nullable in enumerate((True, False)):
+        schema = pa.schema([pa.field("id", pa.int64(), nullable=nullable)])
+        pq.write_table(pa.table({"id": [number]}, schema), tmp_path / "rows" / f"{number}.parquet")
+    found = read_plain_files(spark.read.parquet(str(tmp_path / "rows")), MOST)
+    assert found is not None
+    assert sorted(found["id"].to_pylist()) == [0, 1]

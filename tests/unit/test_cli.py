@@ -426,6 +426,7 @@ def test_debug_adds_the_trace(run, project):
             "--start 2024-01-01 --end 2024-02-01 --restate --everything",
         ),
         (["audit"], "audit.py", ""),
+        (["audit", "--all", "a"], "audit.py", "--view a"),
         (["audit", "a", "b@2", "--sample", "100"], "audit.py", "--view a --view b@2 --sample 100"),
         (["repair", "a"], "repair.py", "--view a"),
         (["dataset", "verify", "d", "--version", "3"], "dataset_verify.py", "--name d --version 3"),
@@ -460,6 +461,14 @@ def test_an_impossible_number_of_buckets_is_refused_before_spark_starts(run, buc
     shown = run("optimize", "--buckets", buckets)
     assert shown.exit_code == 2
     assert "--buckets" in shown.stderr
+
+
+def test_an_audit_is_of_all_keys_or_of_some(run):
+    """Both at once is a mistake in writing: exit code 2, before Spark starts."""
+    shown = run("audit", "--all", "--sample", "10")
+    assert shown.exit_code == 2
+    assert "--all looks at every key, --sample at some" in shown.stderr
+    assert shown.stdout == ""
 
 
 def test_a_secret_for_spark_is_never_printed(run, project, monkeypatch):

@@ -5,9 +5,9 @@ from __future__ import annotations
 from datetime import datetime, timedelta, timezone
 
 from spark_fs.intervals import BEGINNING, Interval, intersect
-from spark_fs.materialize import Publication, plan_publication
+from spark_fs.ledger import Published
 from spark_fs.offline.table_log import Commit
-from spark_fs.registry import Published
+from spark_fs.publication import Publication, plan_publication
 
 MIDNIGHT = datetime(2024, 1, 1, tzinfo=timezone.utc)
 
