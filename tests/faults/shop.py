@@ -31,7 +31,7 @@ from spark_fs.online.redis_store import OnlineTarget
 from spark_fs.registry import Published
 from tests.e2e.command import PATIENCE_SECONDS, processes, until, with_jars
 from tests.e2e.command import start as start_command
-from tests.faults.cluster import Cluster, Writer
+from tests.faults.cluster import Cluster, Writer, is_gone
 from tests.online.proxy import Proxy, proxy_to
 from tests.online.servers import free_port, redis_process
 from tests.project import open_project
@@ -185,7 +185,7 @@ class Shop:
 
     def assert_nothing_is_left(self, command: subprocess.Popen[str]) -> None:
         """No process of the command, and none that writes for it."""
-        until(lambda: all(process.session != command.pid for process in processes()))
+        until(lambda: is_gone(command.pid))
         until(lambda: not self.writers())
 
     def begin(self, start: datetime = START, end: datetime = END) -> Future[list[MaterializeResult]]:
@@ -291,17 +291,16 @@ def open_shop(folder: Path, template: FeatureStore, cluster: Cluster) -> Iterato
 
 
 def kill_driver(command: subprocess.Popen[str]) -> None:
-    """Kill -9 of all that runs for a command on this side of the cluster, but of the command itself."""
+    """Kill -9 of all that runs for a command on this side of the cluster, and the end of the command."""
     for process in processes():
         if process.session == command.pid and process.pid != command.pid:
             with suppress(ProcessLookupError):  # it has ended with another one
                 os.kill(process.pid, signal.SIGKILL)
+    command.communicate(timeout=PATIENCE_SECONDS)
+    until(lambda: is_gone(command.pid))
 
 
 def _end(command: subprocess.Popen[str]) -> None:
     """Kill what is left of a command that was started: only where a test has failed is there anything."""
-    kill_driver(command)
-    command.kill()
-    command.wait()
-    if command.stdout:
-        command.stdout.close()
+    if command.poll() is None:
+        kill_driver(command)

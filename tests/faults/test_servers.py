@@ -74,7 +74,6 @@ def test_a_driver_and_a_server_that_die_together_are_started_again(shop: Shop) -
     """What a killed run had written is lost as well: the same command writes all of it, and skips nothing as done."""
     command = shop.start_and_await()
     kill_driver(command)
-    command.communicate(timeout=PATIENCE_SECONDS)
     shop.kill_server()
     shop.start_server()
     shop.fast()
