@@ -21,11 +21,11 @@ SECRET = "s3cr%40et"
         ("redis+sentinel://h/main", "sentinel", (("h", 26379),), "main", {"db": 0}),
         ("redis+sentinel://h:1,[::1]:2,k/my%2Fmain/3", "sentinel", (("h", 1), ("::1", 2), ("k", 26379)), "my/main", {"db": 3}),
         (
-            "redis+sentinel://h/main?db=4&ssl_ca_certs=%2Fca",
+            "redis+sentinel://h/main?db=4&client_name=%2Fca",
             "sentinel",
             (("h", 26379),),
             "main",
-            {"db": 4, "ssl_ca_certs": "/ca"},
+            {"db": 4, "client_name": "/ca"},
         ),
         ("redis+cluster://u:s3cr%40et@h,k:7", "cluster", (("h", 6379), ("k", 7)), "", {"username": "u", "password": "s3cr@et"}),
         ("rediss+cluster://h/0?socket_timeout=2.5", "cluster", (("h", 6379),), "", {"socket_timeout": 2.5}),
@@ -36,7 +36,10 @@ def test_addresses_name_hosts_service_and_options(
 ) -> None:
     """One server, sentinels or a cluster; default ports; percent signs stand for characters; options as redis-py has them."""
     address = parse_address(url)
-    assert (address.mode, address.hosts, address.service, address.options) == (mode, hosts, service, options)
+    assert (address.mode, address.hosts, address.service) == (mode, hosts, service)
+    # By TLS a connection listens to the server's verdict first (``trust.secure``).
+    assert address.options.keys() - options.keys() == ({"redis_connect_func"} if address.tls else set())
+    assert {name: address.options[name] for name in options} == options
     assert address.tls == url.startswith("rediss")
 
 
@@ -60,7 +63,7 @@ def test_what_is_no_address_is_refused_without_showing_it(rest: str) -> None:
 def test_passwords_are_not_shown() -> None:
     """Neither that of servers nor that of sentinels, before the hosts or among the options."""
     for url in (
-        f"redis+sentinel://u:{SECRET}@h/main?sentinel_password={SECRET}&ssl_ca_certs=/ca",
+        f"redis+sentinel://u:{SECRET}@h/main?sentinel_password={SECRET}&client_name=x",
         f"redis://h?password={SECRET}",
     ):
         assert "s3cr" not in repr(parse_address(url))

@@ -377,7 +377,7 @@ def test_tls(tmp_path: Path) -> None:
         assert write_batches(iter([batch(KEYS, n=range(6_000))]), target).applied == 6_000
         with OnlineReader(target.url) as reader:
             assert reader.read([select(view_of(), ["n"])], {"origin": ["7"]}).to_dict()["n"] == [7]
-        with pytest.raises(SparkFSError, match="SFS-601"):
+        with pytest.raises(SparkFSError, match="SFS-631"):
             check_server(secure)
 
 
