@@ -42,7 +42,7 @@ MIDDLE, START = END - timedelta(days=10), END - timedelta(days=20)
 USERS = 60_000
 BUCKETS = 8
 #: Of each connection, in bytes a second: so slow that a run takes many seconds, and nothing times out.
-SLOW = 250_000.0
+SLOW = 125_000.0
 
 #: (user, time) → amount
 Payments = dict[tuple[int, datetime], int]
@@ -64,8 +64,8 @@ spark:
     spark.driver.host: 127.0.0.1
     spark.driver.bindAddress: 127.0.0.1
     spark.driver.memory: 1g
-    spark.driver.extraJavaOptions: -XX:TieredStopAtLevel=1
-    spark.executor.extraJavaOptions: -XX:TieredStopAtLevel=1
+    spark.driver.extraJavaOptions: -XX:TieredStopAtLevel=1 -XX:+UseSerialGC
+    spark.executor.extraJavaOptions: -XX:TieredStopAtLevel=1 -XX:+UseSerialGC
     spark.executor.memory: 700m
     spark.executor.cores: 1
     spark.cores.max: 2
@@ -244,9 +244,9 @@ class Shop:
         stats: Any = self.client.info("commandstats")
         return sum(stats.get(f"cmdstat_{name}", {"calls": 0})["calls"] for name in ("msetnx", "evalsha", "eval"))
 
-    def slow(self) -> None:
-        """Let all that is written from now on take its time."""
-        self.proxy.bytes_per_second = SLOW
+    def slow(self, times: int = 1) -> None:
+        """Let all that is written from now on take its time, or so many times as much."""
+        self.proxy.bytes_per_second = SLOW / times
 
     def fast(self) -> None:
         """Let all pass as it comes."""

@@ -71,6 +71,7 @@ def test_a_backfill_and_a_newer_run_at_once_end_as_one(shop: Shop, first: str) -
     shop.slow()
     command = shop.start(*halves[0])
     shop.await_rows()
+    shop.slow(4)  # so that the first is at it long enough
     run = shop.begin_beside(*halves[1])
     until(lambda: run.done() or len(shop.writers()) > 2)  # neither has more than two
     assert not run.done()
