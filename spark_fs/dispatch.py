@@ -14,7 +14,7 @@ from pyspark.sql import functions as F
 
 from spark_fs.intervals import Interval, to_micros
 from spark_fs.offline.compute import key_bytes, quoted, within
-from spark_fs.offline.layout import read_layout
+from spark_fs.offline.layout import DataFile, read_layout
 from spark_fs.offline.table_log import Commit, can_be_read_in_place, files_are_sorted
 from spark_fs.offline.tables import FeatureTable, observed
 from spark_fs.online import compare, executor
@@ -23,6 +23,8 @@ from spark_fs.spec import ViewSpec
 
 #: A task takes one bucket where there are fewer than so many, or than so many for each slot.
 _LEAST_TASKS, _TASKS_PER_SLOT = 64, 4
+#: Files of less than that are read by one task: it takes Spark some hundredths of a second to start one.
+_TASK_BYTES = 4 << 20
 
 
 def within_any(intervals: Sequence[Interval]) -> SparkColumn:
@@ -30,10 +32,8 @@ def within_any(intervals: Sequence[Interval]) -> SparkColumn:
     return reduce(or_, map(within, intervals))
 
 
-def files_in_place(
-    table: FeatureTable, version: int, log: Sequence[Commit], interval: Interval
-) -> list[tuple[str, int]] | None:
-    """The data files with rows of the interval, and their buckets, if each can be read by itself; else None. Starts no job.
+def files_in_place(table: FeatureTable, version: int, log: Sequence[Commit], interval: Interval) -> tuple[DataFile, ...] | None:
+    """The data files with rows of the interval, if each can be read by itself; else None. Starts no job.
 
     That is where all are known to be sorted and each bucket has one of them, so that no two share a key: the rows of one
     build, or of all after an upkeep. There may be others, with rows outside the interval only. ``log``: the commits up to the
@@ -44,13 +44,13 @@ def files_in_place(
     _, layout, _ = read_layout(table.path, version)
     if layout is None:
         return None
-    files = [(file.path, file.bucket) for file in layout.touching(interval)]
-    return files if len({bucket for _, bucket in files}) == len(files) else None
+    files = layout.touching(interval)
+    return files if len({file.bucket for file in files}) == len(files) else None
 
 
 def publish_files(
     table: FeatureTable,
-    files: Sequence[tuple[str, int]],
+    files: Sequence[DataFile],
     target: OnlineTarget,
     interval: Interval,
     confirmed: Any = None,
@@ -58,16 +58,18 @@ def publish_files(
 ) -> tuple[WriteCounts, int]:
     """Publish data files where they lie: no rows pass through the JVM and none are shuffled. Counts and rows read.
 
-    The files are those of ``files_in_place``. ``confirmed`` is told each bucket that is written (see ``executor.Confirmed``);
-    those in ``done`` are left out.
+    The files are those of ``files_in_place``; a task takes one, or several small ones. ``confirmed`` is told each bucket that is
+    written (see ``executor.Confirmed``); those in ``done`` are left out.
     """
-    files = tuple((file, bucket) for file, bucket in files if bucket not in done)
-    if not files:
+    left = [file for file in files if file.bucket not in done]
+    if not left:
         return WriteCounts(), 0
     start_us, end_us = to_micros(interval.start), to_micros(interval.end)
-    how = {"files": files, "keys": table.view.keys, "start_us": start_us, "end_us": end_us, "confirmed": confirmed}
-    numbers = table.spark.range(0, len(files), 1, len(files))
-    return run_tasks(numbers, partial(executor.publish_files, **how), target, most_tasks=len(files))
+    named = tuple((file.path, file.bucket) for file in left)
+    how = {"files": named, "keys": table.view.keys, "start_us": start_us, "end_us": end_us, "confirmed": confirmed}
+    tasks = min(len(left), 1 + sum(file.size_bytes for file in left) // _TASK_BYTES)
+    numbers = table.spark.range(0, len(left), 1, tasks)
+    return run_tasks(numbers, partial(executor.publish_files, **how), target, most_tasks=tasks)
 
 
 def publish_rows(

@@ -152,11 +152,15 @@ def summary(error: BaseException) -> str:
     return without_secrets(raised.group(1) if raised else next(iter(told.splitlines()), type(error).__name__))
 
 
+#: A client as redis-py shows it, with all of its settings; its address is what tells.
+_CLIENT = re.compile(r"<redis\.client\.Redis\(.*?host=([^,)]*),port=(\d+).*?\)>\)>\)>")
+
+
 def _redis_unreachable(error: BaseException) -> SparkFSError:
     return UnavailableError.of(
         "SFS-601",
         "The online store cannot be reached.",
-        why=summary(error),
+        why=_CLIENT.sub(r"\1:\2", summary(error)),
         fix="check online.url (rediss:// for a port with TLS, redis:// for one without) and that the server runs "
         "(spark-fs doctor; for the embedded one: spark-fs online start)",
     )

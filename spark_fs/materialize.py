@@ -208,6 +208,9 @@ class _Run:
         if not (todo.fresh or todo.compared or behind):
             token = known.token if known else ""
             return self._note(known, Published(todo.version, todo.intervals, token), target.generation, closed)
+        # Before it is noted what the run means to do: a refused one must not be taken up in the place of a shorter one.
+        if todo.fresh:
+            check_room(self._table, todo.version, todo.fresh, target)
         done: frozenset[tuple[str, int]] = frozenset()
         servers = self._servers()
         # Servers that were lost since may have lost confirmed rows, and kept the mark.
@@ -343,7 +346,6 @@ class _Attempt:
         todo, target = self._todo, self._target
         if not todo.fresh:
             return
-        check_room(self._table, todo.version, todo.fresh, target)
         if restate or repair:
             target = self._restating(restates=restate)
         files = files_in_place(self._table, todo.version, log, todo.fresh[0]) if len(todo.fresh) == 1 else None

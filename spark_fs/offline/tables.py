@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from threading import Lock
 from typing import Any, cast
 
 from delta.tables import DeltaTable
@@ -53,6 +55,10 @@ _GONE = (
     *("DELTA_VERSION_NOT_FOUND", "DELTA_FILE_NOT_FOUND", "FILE_NOT_EXIST", "VersionNotFoundException", "DELTA_TIMESTAMP"),
     *("TIME_TRAVEL_BEYOND_DELETED_FILE_RETENTION", "DELTA_TRUNCATED_TRANSACTION_LOG"),
 )
+#: Whether Delta refuses versions for their age alone; true if not set.
+_ENFORCED = "spark.databricks.delta.vacuum.enforceTimeTravelWithinDeletedFileRetentionDuration"
+#: The setting is the session's, which threads share.
+_OPENING = Lock()
 #: The folder of a bucket's files.
 _BUCKET_FOLDER = re.compile(r"/_bucket=(\d+)/")
 
@@ -102,7 +108,11 @@ class FeatureTable:
         return schema.add("_bucket", IntegerType(), metadata={"buckets": buckets})
 
     def buckets(self, version: int | None = None) -> int:
-        """The number of buckets at a version (default: the newest). Starts no job."""
+        """The number of buckets at a version (default: the newest)."""
+        _, layout, _ = read_layout(self.path, version)
+        if layout is not None:
+            return layout.buckets
+        # A Spark job over Delta's log, where that version was not read before.
         return int(self.read(version).schema["_bucket"].metadata["buckets"])
 
     def version(self) -> int:
@@ -140,9 +150,12 @@ class FeatureTable:
         return Counter(map(bucket_of_file, self.data_files(version)))
 
     def read(self, version: int | None = None) -> DataFrame:
-        """The table's rows at a version (default: the newest)."""
+        """The table's rows at a version (default: the newest), however old; see ``is_version_gone``."""
         reader = self.spark.read.format("delta")
-        return (reader if version is None else reader.option("versionAsOf", version)).load(self.path)
+        if version is None:
+            return reader.load(self.path)
+        with _any_version(self.spark):
+            return reader.option("versionAsOf", version).load(self.path)
 
     def replace(self, rows: DataFrame, interval: Interval, build: int) -> Replaced:
         """Put ``rows`` in the place of all rows of the interval, in one commit.
@@ -309,6 +322,25 @@ class FeatureTable:
 def bucket_of_file(file: str) -> int:
     """The bucket that a data file of a feature table belongs to."""
     return int(_BUCKET_FOLDER.findall(file)[-1])
+
+
+@contextmanager
+def _any_version(spark: SparkSession) -> Iterator[None]:
+    """Versions of any age may be opened in the block.
+
+    Delta refuses what is older than the time for which VACUUM keeps files (7 days), also where nobody has run it: a table that
+    is built once a week could not be compared with what was published of it. Whether files are there shows when they are read.
+    """
+    with _OPENING:
+        before = spark.conf.get(_ENFORCED, None)
+        spark.conf.set(_ENFORCED, "false")
+        try:
+            yield
+        finally:
+            if before is None:
+                spark.conf.unset(_ENFORCED)
+            else:
+                spark.conf.set(_ENFORCED, before)
 
 
 def is_version_gone(error: BaseException) -> bool:

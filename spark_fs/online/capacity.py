@@ -69,7 +69,7 @@ def check_capacity(demand: Demand, count_new_keys: Callable[[], int]) -> Demand:
         "SFS-621",
         f"The online store has no room: about {demand.keys:,} new keys of {demand.bytes_per_key:,} bytes take "
         f"{demand.bytes:,} bytes; {max(demand.free_bytes, 0):,} are free.",
-        why=f"At most {MOST_PERCENT} % of what is free is used. Nothing of the interval was written.",
+        why=f"At most {MOST_PERCENT} % of what is free is used. Nothing was written.",
         fix="raise maxmemory, give the server more memory, or materialize a shorter interval or fewer views; "
         "then run the same command again",
     )

@@ -19,8 +19,9 @@ from spark_fs.online.address import CLUSTER, SENTINEL, STANDALONE, Address, pars
 from spark_fs.online.codec import slot_of
 
 OLDEST_SERVER = (6, 2)
-#: How long is waited for a replica to take over, where there are some. Sentinels and clusters take 15 s by default.
-FAILOVER_SECONDS = 30.0
+#: How long is waited for a replica to take over, where there are some. By their defaults sentinels give a master 30 seconds and
+#: clusters 15 until it counts as lost; some more go by until another one serves.
+FAILOVER_SECONDS = 60.0
 
 
 T = TypeVar("T")

@@ -39,7 +39,7 @@ SORT_BYTES = 32 * 1024 * 1024
 #: So many rows are written first, to see whether the server has them already.
 TRIAL_ROWS = 2 * CALL_ROWS
 #: Tries in a row without one answer before a write to a single server gives up; with the growing pause between
-#: them some 6 seconds. Where replicas can take over it is ``links.FAILOVER_SECONDS``.
+#: them some 6 seconds. Where replicas can take over it is ``connect.FAILOVER_SECONDS``.
 MAX_FAILURES = 7
 
 

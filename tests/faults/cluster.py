@@ -117,6 +117,22 @@ def _adopting_orphans() -> Iterator[None]:
         libc.prctl(set_child_subreaper, 0)
 
 
+def is_gone(session: int) -> bool:
+    """Whether no process of a session is there any more, but perhaps the first one; what has ended as an orphan is collected.
+
+    Until then the system counts an orphan that this process has adopted among the living.
+    """
+    left = 0
+    for folder in Path("/proc").glob("[0-9]*"):
+        with suppress(OSError):  # it has just ended
+            state, parent, _, of, *_ = (folder / "stat").read_text().rpartition(")")[2].split()
+            if int(of) == session != int(folder.name):
+                left += 1
+                if state == "Z" and int(parent) == os.getpid():
+                    os.waitpid(int(folder.name), os.WNOHANG)
+    return not left
+
+
 @contextmanager
 def _daemon(folder: Path, name: str, host: str, ready: str, *arguments: str) -> Iterator[int]:
     """One of Spark's daemons, until it has said that it is ready; its process id. Stopped with what it has started."""
@@ -126,7 +142,7 @@ def _daemon(folder: Path, name: str, host: str, ready: str, *arguments: str) -> 
         "SPARK_LOCAL_DIRS": str(folder / "local"),
         "SPARK_DAEMON_MEMORY": "256m",
         # Optimising compilation takes more time than it saves in a process that lives for minutes.
-        "SPARK_DAEMON_JAVA_OPTS": "-XX:TieredStopAtLevel=1",
+        "SPARK_DAEMON_JAVA_OPTS": "-XX:TieredStopAtLevel=1 -XX:+UseSerialGC",
         # Executors and their Python workers find the package where the tests do.
         "PYTHONPATH": os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]),
         "PYSPARK_PYTHON": sys.executable,

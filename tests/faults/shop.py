@@ -31,7 +31,7 @@ from spark_fs.online.redis_store import OnlineTarget
 from spark_fs.registry import Published
 from tests.e2e.command import PATIENCE_SECONDS, processes, until, with_jars
 from tests.e2e.command import start as start_command
-from tests.faults.cluster import Cluster, Writer
+from tests.faults.cluster import Cluster, Writer, is_gone
 from tests.online.proxy import Proxy, proxy_to
 from tests.online.servers import free_port, redis_process
 from tests.project import open_project
@@ -39,10 +39,10 @@ from tests.project import open_project
 #: All payments lie in [START, END): the older one of each user before MIDDLE, the newer one after it.
 END = datetime.now(timezone.utc).replace(minute=0, second=0, microsecond=0)
 MIDDLE, START = END - timedelta(days=10), END - timedelta(days=20)
-USERS = 100_000
-BUCKETS = 16
+USERS = 60_000
+BUCKETS = 8
 #: Of each connection, in bytes a second: so slow that a run takes many seconds, and nothing times out.
-SLOW = 250_000.0
+SLOW = 125_000.0
 
 #: (user, time) → amount
 Payments = dict[tuple[int, datetime], int]
@@ -64,8 +64,8 @@ spark:
     spark.driver.host: 127.0.0.1
     spark.driver.bindAddress: 127.0.0.1
     spark.driver.memory: 1g
-    spark.driver.extraJavaOptions: -XX:TieredStopAtLevel=1
-    spark.executor.extraJavaOptions: -XX:TieredStopAtLevel=1
+    spark.driver.extraJavaOptions: -XX:TieredStopAtLevel=1 -XX:+UseSerialGC
+    spark.executor.extraJavaOptions: -XX:TieredStopAtLevel=1 -XX:+UseSerialGC
     spark.executor.memory: 700m
     spark.executor.cores: 1
     spark.cores.max: 2
@@ -176,7 +176,7 @@ class Shop:
         """Publish all by ``spark-fs``, slowly; it is in the middle of its writing."""
         self.slow()
         command = self.start()
-        self.await_calls()
+        self.await_rows()
         return command
 
     def told(self) -> str:
@@ -185,7 +185,7 @@ class Shop:
 
     def assert_nothing_is_left(self, command: subprocess.Popen[str]) -> None:
         """No process of the command, and none that writes for it."""
-        until(lambda: all(process.session != command.pid for process in processes()))
+        until(lambda: is_gone(command.pid))
         until(lambda: not self.writers())
 
     def begin(self, start: datetime = START, end: datetime = END) -> Future[list[MaterializeResult]]:
@@ -240,22 +240,27 @@ class Shop:
         return {int(name.rpartition(b":")[2]): decode(value)[0] for name, value in rows if len(value) > codec.HEADER.size}
 
     def calls(self) -> int:
-        """How many calls that write rows the server has done since it was started."""
+        """How many calls with rows the server has answered since it was started, whatever became of the rows."""
         stats: Any = self.client.info("commandstats")
         return sum(stats.get(f"cmdstat_{name}", {"calls": 0})["calls"] for name in ("msetnx", "evalsha", "eval"))
 
-    def slow(self) -> None:
-        """Let all that is written from now on take its time."""
-        self.proxy.bytes_per_second = SLOW
+    def slow(self, times: int = 1) -> None:
+        """Let all that is written from now on take its time, or so many times as much."""
+        self.proxy.bytes_per_second = SLOW / times
 
     def fast(self) -> None:
         """Let all pass as it comes."""
         self.proxy.bytes_per_second = float("inf")
 
-    def await_calls(self, more: int = 12) -> None:
-        """Return once so many more calls are done: a slow run is in its middle then, with tasks under way and to come."""
-        until_then = self.calls() + more
-        until(lambda: self.calls() >= until_then)
+    def written(self) -> int:
+        """How many rows the server has written since it was started; those that changed nothing do not count."""
+        stats: Any = self.client.info("persistence")
+        return int(stats["rdb_changes_since_last_save"])
+
+    def await_rows(self, more: int = USERS // 10) -> None:
+        """Return once so many more rows are written: a slow run is in its middle then, with tasks under way and to come."""
+        enough = self.written() + more
+        until(lambda: self.written() >= enough)
 
     def writers(self) -> set[Writer]:
         """The Python workers that write rows now."""
@@ -268,7 +273,7 @@ class Shop:
         lasting: set[Writer] = set()
         while not lasting:
             before = self.writers()
-            self.await_calls(6)  # there are two writers, and a task has twice as many calls
+            self.await_rows(USERS // BUCKETS // 2)  # there are two writers at a time: a quarter of a task of each
             lasting = before & self.writers()
         return min(lasting, key=lambda writer: writer.pid)
 
@@ -286,15 +291,16 @@ def open_shop(folder: Path, template: FeatureStore, cluster: Cluster) -> Iterato
 
 
 def kill_driver(command: subprocess.Popen[str]) -> None:
-    """Kill -9 of all that runs for a command on this side of the cluster, but of the command itself."""
+    """Kill -9 of all that runs for a command on this side of the cluster, and the end of the command."""
     for process in processes():
         if process.session == command.pid and process.pid != command.pid:
             with suppress(ProcessLookupError):  # it has ended with another one
                 os.kill(process.pid, signal.SIGKILL)
+    command.communicate(timeout=PATIENCE_SECONDS)
+    until(lambda: is_gone(command.pid))
 
 
 def _end(command: subprocess.Popen[str]) -> None:
     """Kill what is left of a command that was started: only where a test has failed is there anything."""
-    kill_driver(command)
-    command.kill()
-    command.communicate()
+    if command.poll() is None:
+        kill_driver(command)

@@ -30,7 +30,7 @@ def test_a_killed_executor_costs_no_row_and_counts_none_twice(shop: Shop, victim
         start = MIDDLE
     shop.slow()
     run = shop.begin(start)
-    shop.await_calls()
+    shop.await_rows()
     writer = shop.a_writer()
     os.kill(writer.pid if victim == "worker" else shop.cluster.executor_of(writer), signal.SIGKILL)
     shop.fast()
@@ -48,7 +48,7 @@ def test_a_copy_of_a_task_and_its_late_original_change_nothing(shop: Shop) -> No
     shop.configured(SPECULATION)
     shop.slow()
     command = shop.start(MIDDLE, END)
-    shop.await_calls()
+    shop.await_rows()
     with Frozen(shop.a_writer()) as original:
         shop.fast()
         out, _ = command.communicate()
@@ -65,7 +65,7 @@ def test_a_worker_that_outlives_its_executor_changes_nothing(shop: Shop) -> None
     """The JVM is gone, its task repeated, a newer run done; then its Python worker goes on writing."""
     shop.slow()
     run = shop.begin()
-    shop.await_calls()
+    shop.await_rows()
     writer = shop.a_writer()
     with Frozen(writer) as zombie:
         os.kill(shop.cluster.executor_of(writer), signal.SIGKILL)

@@ -7,7 +7,6 @@ import threading
 import pytest
 
 from spark_fs.errors import ExitCode, SparkFSError
-from tests.e2e.command import PATIENCE_SECONDS
 from tests.faults.shop import MIDDLE, START, USERS, Shop, kill_driver, newest
 
 
@@ -18,7 +17,7 @@ def test_a_server_that_comes_back_empty_is_noticed(shop: Shop, before: str) -> N
         shop.fs.materialize(START, MIDDLE)
     shop.slow()
     run = shop.begin()
-    shop.await_calls()
+    shop.await_rows()
     shop.kill_server()
     shop.start_server()
     shop.fast()
@@ -58,12 +57,14 @@ def test_a_script_that_is_lost_again_and_again_is_loaded_again_and_again(shop: S
 
 def test_a_server_that_gets_full_ends_the_run_with_its_code(shop: Shop) -> None:
     """The limit is reached in the middle: SFS-603 and exit code 1; with more memory the same command completes."""
-    command = shop.start_and_await()
+    shop.slow()
+    run = shop.begin()
+    shop.await_rows()
     shop.client.config_set("maxmemory", int(shop.client.info("memory")["used_memory"]) + 300_000)  # type: ignore[index]
     shop.fast()
-    command.communicate(timeout=PATIENCE_SECONDS)
-    assert command.returncode == ExitCode.FAILED, shop.told()
-    assert "[SFS-603]" in shop.told()
+    with pytest.raises(SparkFSError, match="SFS-603") as caught:
+        run.result()
+    assert caught.value.exit_code == ExitCode.FAILED
     assert shop.published() is None
     assert 0 < len(shop.online()) < USERS
     shop.client.config_set("maxmemory", 0)
@@ -74,7 +75,6 @@ def test_a_driver_and_a_server_that_die_together_are_started_again(shop: Shop) -
     """What a killed run had written is lost as well: the same command writes all of it, and skips nothing as done."""
     command = shop.start_and_await()
     kill_driver(command)
-    command.communicate(timeout=PATIENCE_SECONDS)
     shop.kill_server()
     shop.start_server()
     shop.fast()

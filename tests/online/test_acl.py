@@ -19,7 +19,8 @@ from click.testing import CliRunner, Result
 from spark_fs import doctor
 from spark_fs.cli import main
 from spark_fs.errors import InvalidError, UnavailableError, translate
-from spark_fs.online import acl, capacity, codec, redis_store, script
+from spark_fs.online import acl, codec, redis_store, script
+from spark_fs.online.capacity import bytes_per_key, free_bytes
 from spark_fs.online.compare import compare_rows, stored_keys
 from spark_fs.online.connect import (
     check_server,
@@ -234,8 +235,9 @@ def everything_a_writer_does(url: str, client: redis.Redis) -> None:
     rows, now = batch([b"a", b"b"], n=[1, 2]), datetime.now(UTC)
     assert check_server(url).used_bytes > 0
     assert doctor.clock(url).ok
-    with open_client(url) as login:
-        assert capacity.bytes_per_key(rows, target, masters(login)) > 0
+    with open_client(url) as own:
+        assert bytes_per_key(rows, target, masters(own)) > 0
+        assert free_bytes(masters(own)) is not None
     assert write_batches(iter([rows]), target, distinct=True).applied == 2
     assert write_batches(iter([batch([b"a", b"c"], NOON + timedelta(hours=1), n=[3, 4])]), target).applied == 2
     waiting = replace(soon, wait_replicas=1, socket_timeout_seconds=0.5)
@@ -457,6 +459,8 @@ def test_the_users_of_a_cluster(tmp_path: Path) -> None:
         assert check_server(url).mode == "cluster"
         assert write_batches(iter([rows]), target, distinct=True).applied == 300
         assert write_batches(iter([rows]), target).equal == 300
+        with open_client(url) as own:
+            assert bytes_per_key(rows, target, masters(own)) > 0
         leave_token(url, target.prefix, "token")
         assert has_token(url, target.prefix, "token")
         found = [row for part in compare_rows(iter([rows]), target, frozenset()) for row in part.to_pylist()]

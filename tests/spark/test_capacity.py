@@ -101,6 +101,19 @@ def test_what_does_not_fit_is_refused_before_a_row_is_written(fs: FeatureStore, 
     assert fs.materialize_incremental(END)[0].applied == 20_000
 
 
+def test_after_a_refusal_a_shorter_interval_can_be_published(fs: FeatureStore, tmp_path: Path, client: redis.Redis) -> None:
+    """A refused run is not taken up by the next one: what it asked for would be refused for ever."""
+    middle = START + DAY
+    put(tmp_path, [(user, START if user < 1_000 else middle, user) for user in range(20_000)])
+    leave(client, 1_000_000)
+    with pytest.raises(InvalidError, match="SFS-621"):
+        fs.materialize_incremental(END)
+    assert fs.registry.ledger.unfinished(fs.registry.state().require_view("spend")) == []
+    assert fs.materialize(START, middle)[0].applied == 1_000
+    with pytest.raises(InvalidError, match="SFS-621"):
+        fs.materialize_incremental(END)
+
+
 def test_the_estimate_is_what_the_server_takes(fs: FeatureStore, tmp_path: Path, client: redis.Redis) -> None:
     """Where the run is told to take a little less than is free, it ends; the server is not full then."""
     put(tmp_path, [(user, START, user) for user in range(20_000)])

@@ -32,6 +32,7 @@ SPEND = """
 """
 AMOUNTS = pa.schema([("user_id", pa.int64()), ("at", pa.timestamp("us", tz="UTC")), ("amount", pa.int64())])
 CONF = "spark.databricks.delta"
+ENFORCED = f"{CONF}.vacuum.enforceTimeTravelWithinDeletedFileRetentionDuration"
 
 
 @pytest.fixture
@@ -80,15 +81,6 @@ def vacuumed(spark: SparkSession, path: str) -> Iterator[None]:
 
 
 @contextmanager
-def beyond_retention(spark: SparkSession, path: str) -> Iterator[None]:
-    """All files are there, but Delta refuses to read what VACUUM may remove."""
-    spark.sql(f"ALTER TABLE delta.`{path}` SET TBLPROPERTIES ('delta.deletedFileRetentionDuration' = 'interval 1 seconds')")
-    time.sleep(1.5)
-    with setting(spark, f"{CONF}.vacuum.enforceTimeTravelWithinDeletedFileRetentionDuration", "true"):
-        yield
-
-
-@contextmanager
 def log_cleaned(spark: SparkSession, path: str) -> Iterator[None]:
     """Delta cleans its log at a checkpoint, of what is older than the retention; it goes by whole days."""
     old = time.time() - 40 * 86_400
@@ -102,11 +94,7 @@ def log_cleaned(spark: SparkSession, path: str) -> Iterator[None]:
     yield
 
 
-WAYS: dict[str, Callable[[SparkSession, str], Any]] = {
-    "vacuum": vacuumed,
-    "retention": beyond_retention,
-    "log": log_cleaned,
-}
+WAYS: dict[str, Callable[[SparkSession, str], Any]] = {"vacuum": vacuumed, "log": log_cleaned}
 
 
 @pytest.fixture
@@ -163,6 +151,44 @@ def test_upkeep_and_vacuum_take_nothing_away(fs: FeatureStore, tmp_path: Path, s
         assert found.table_version > before.table_version
         (result,) = fs.materialize_incremental(END)
         assert (result.rows_read, result.note) == (0, "")
+
+
+def test_age_alone_takes_nothing_away(fs: FeatureStore, tmp_path: Path, spark: SparkSession) -> None:
+    """Delta refuses versions older than VACUUM would keep; as long as the files are there, they are read all the same.
+
+    So a table that is built once a week is compared with what was published of it.
+    """
+    put(tmp_path, [(1, START, 10), (2, START, 20)])
+    fs.materialize_incremental(END)
+    put(tmp_path, [(1, START, 11)])
+    fs.build(start=START, end=END)
+    path, view = path_of(fs), fs.registry.state().require_view("spend")
+    published = fs.registry.published(view)
+    assert published is not None
+    spark.sql(f"ALTER TABLE delta.`{path}` SET TBLPROPERTIES ('delta.deletedFileRetentionDuration' = 'interval 1 seconds')")
+    time.sleep(1.5)
+    setting_before = spark.conf.get(ENFORCED, None)
+    with pytest.raises(Exception, match="TIME_TRAVEL_BEYOND_DELETED_FILE_RETENTION"):
+        spark.read.format("delta").option("versionAsOf", published.table_version).load(path).collect()
+    (found,) = fs.audit()
+    assert (found.ok, found.table_version) == (True, published.table_version)
+    (result,) = fs.materialize_incremental(END)
+    assert (result.note, result.applied, result.withdrawn) == ("", 1, 1)
+    assert online(fs, [1, 2]) == [11, "NOT_FOUND"]
+    assert spark.conf.get(ENFORCED, None) == setting_before
+
+
+def test_a_setting_of_the_session_stays_as_it_is(fs: FeatureStore, tmp_path: Path, spark: SparkSession) -> None:
+    """Whichever it is, also after an error."""
+    put(tmp_path, [(1, START, 10)])
+    fs.materialize_incremental(END)
+    table = FeatureTable(spark, path_of(fs), fs.registry.state().require_view("spend"))
+    for value in ("true", "false"):
+        with setting(spark, ENFORCED, value):
+            assert table.read(0).count() == 0
+            with pytest.raises(Exception, match="DELTA_VERSION_NOT_FOUND"):
+                table.read(99)
+            assert spark.conf.get(ENFORCED) == value
 
 
 def test_other_errors_of_an_audit_stay_what_they_are(fs: FeatureStore, tmp_path: Path) -> None:
