@@ -58,8 +58,8 @@ def publish_files(
 ) -> tuple[WriteCounts, int]:
     """Publish data files where they lie: no rows pass through the JVM and none are shuffled. Counts and rows read.
 
-    The files are those of ``files_in_place``; a task takes one, or several small ones. ``confirmed`` is told each bucket that is
-    written (see ``executor.Confirmed``); those in ``done`` are left out.
+    The files are those of ``files_in_place``; a task takes one, or several small ones. ``confirmed`` is told each bucket that
+    is written (see ``executor.Confirmed``); those in ``done`` are left out.
     """
     left = [file for file in files if file.bucket not in done]
     if not left:
