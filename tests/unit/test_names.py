@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import pytest
-from spark_fs.resolve import RecentRequests
 
-from spark_fs import resolve
+from spark_fs.names import RecentRequests
 from spark_fs.spec import Selection, select
 from tests.online.servers import view_of
 
