@@ -173,8 +173,8 @@ class Writer:
         self._target, self._distinct = target, distinct
         #: How the next rows are best written, by what the answers so far tell.
         self._manner = Manner.INSERT if distinct and target.ttl is None and not target.restating else Manner.BY_HASH
-        #: Whether nothing is known of the server yet.
-        self._on_trial = True
+        #: How many more rows are written before any are looked up: fewer tell too little of the server.
+        self._trial_rows = TRIAL_ROWS
         #: Whether the login may not run scripts, so that the function is called in their place.
         self._by_function = False
         self._looked_for, self._met = 0, 0
@@ -196,9 +196,9 @@ class Writer:
         for part in self._parts(batches):
             values = encode.encode_values(part, target.features, target.generation)
             self._send(encode.encode_keys(part), values, part)
-            if self._on_trial:
+            if self._trial_rows:
                 self._links.finish()  # the answers tell in what manner the rest is best written
-                self._on_trial = False
+                self._trial_rows = max(0, self._trial_rows - part.num_rows)
         return self._finish()
 
     def bury(self, batches: Iterator[pa.RecordBatch]) -> WriteCounts:
@@ -267,7 +267,7 @@ class Writer:
         from spark_fs.online import encode
 
         for batch in self._sorted(map(self._target.without_erased, batches)):
-            start = TRIAL_ROWS if self._on_trial and batch.num_rows else 0
+            start = min(self._trial_rows, batch.num_rows)
             if start:
                 yield batch.slice(0, start)
             yield from encode.slices(batch.slice(start), ENCODE_BYTES)
@@ -283,13 +283,16 @@ class Writer:
         from spark_fs.online import encode
 
         tags = batch.column(encode.TAG) if self._links.is_cluster else None
-        for call in _calls(keys, values, self._target, lambda: self._manner, tags=tags):
+        for call in _calls(keys, values, self._target, self._manner_now, tags=tags):
             if self._pace is None:
                 self._links.send(call)
                 continue
             with self._pace.call(call.rows):
                 self._links.send(call)
                 self._links.finish()
+
+    def _manner_now(self) -> Manner:
+        return Manner.BY_HASH if self._trial_rows and self._manner is Manner.LOOK else self._manner
 
     def _finish(self) -> WriteCounts:
         """Wait for all answers; what became of the rows since the last time."""

@@ -137,6 +137,18 @@ def test_the_buckets_of_a_task_share_a_connection_and_what_it_tells(url: str, cl
     assert calls["mget"] - calls["evalsha"] == 14
 
 
+def test_a_few_rows_are_not_looked_up_however_many_buckets_they_are_in(url: str, client: redis.Redis) -> None:
+    """The script compares them as well, and the next ones may be unlike them."""
+    rows = batch([b"%d" % number for number in range(900)], n=range(900))
+    rows = rows.append_column("_bucket", pa.array([number // 100 for number in range(900)], pa.int32()))
+    (first,) = executor.publish_rows(iter([rows]), target_of(url))
+    (again,) = executor.publish_rows(iter([rows]), target_of(url))
+    assert again.to_pylist()[0]["equal"] == 900
+    assert again.to_pylist()[0]["bytes"] == first.to_pylist()[0]["bytes"]
+    calls = calls_of(client)
+    assert calls["mget"] == calls["evalsha"] + calls.get("eval", 0)
+
+
 def test_files_are_published_newest_row_first_to_last(
     url: str, client: redis.Redis, place: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

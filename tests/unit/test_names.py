@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from spark_fs import names
 from spark_fs.names import RecentRequests
 from spark_fs.spec import Selection, select
 from tests.online.servers import view_of
@@ -37,14 +38,14 @@ def test_after_the_time_or_an_apply_it_is_resolved_anew(monkeypatch: pytest.Monk
     requests.forget()
     requests.resolve("service")
     assert len(asked) == 2
-    monkeypatch.setattr(resolve, "RECENT_SECONDS", 0.0)
+    monkeypatch.setattr(names, "RECENT_SECONDS", 0.0)
     requests.resolve("service")
     assert len(asked) == 3
 
 
 def test_many_different_requests_take_no_memory_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
     """Beyond a bound all are forgotten."""
-    monkeypatch.setattr(resolve, "_MOST_REQUESTS", 10)
+    monkeypatch.setattr(names, "_MOST_REQUESTS", 10)
     requests, asked = counting()
     for number in range(25):
         requests.resolve(f"service{number}")
