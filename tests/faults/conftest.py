@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from pyspark.sql import SparkSession
 
 from spark_fs import FeatureStore
 from tests.faults.cluster import Cluster, running_cluster
@@ -23,6 +24,8 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
 @pytest.fixture(scope="session")
 def template(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Iterator[FeatureStore]:
     """A shop with a feature table and nothing published; its driver serves all tests."""
+    if SparkSession.getActiveSession() is not None:
+        pytest.fail("this process has a local Spark already; run these tests by themselves: make test-faults")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PYSPARK_PYTHON", sys.executable)  # else workers start whichever python is first on the path
         patch.setenv("SPARK_LOCAL_IP", "127.0.0.1")
