@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import shutil
 import signal
@@ -39,10 +40,12 @@ from tests.project import open_project
 #: All payments lie in [START, END): the older one of each user before MIDDLE, the newer one after it.
 END = datetime.now(timezone.utc).replace(minute=0, second=0, microsecond=0)
 MIDDLE, START = END - timedelta(days=10), END - timedelta(days=20)
-USERS = 60_000
+USERS = 40_000
+#: Each has one file, and each file is a task: that takes some megabytes.
 BUCKETS = 8
+RECEIPT_BYTES = 400
 #: Of each connection, in bytes a second: so slow that a run takes many seconds, and nothing times out.
-SLOW = 125_000.0
+SLOW = 500_000.0
 
 #: (user, time) → amount
 Payments = dict[tuple[int, datetime], int]
@@ -50,7 +53,7 @@ Payments = dict[tuple[int, datetime], int]
 DEFINITIONS = """
     user = Entity("user", [Field("user_id", Int64)])
     payments = FileSource("payments", path="data", timestamp_field="at")
-    spend = FeatureView("spend", user, [Field("amount", Int64)], payments)
+    spend = FeatureView("spend", user, [Field("amount", Int64), Field("receipt", Bytes)], payments)
 """
 SETTINGS = """
 offline:
@@ -82,16 +85,22 @@ def first_payments() -> Payments:
     return old | {(user, MIDDLE + timedelta(hours=user * 7 % hours)): USERS + user for user in range(USERS)}
 
 
+def receipt(amount: int) -> bytes:
+    """What belongs to an amount, and to no other; it cannot be compressed."""
+    return hashlib.shake_128(b"%d" % amount).digest(RECEIPT_BYTES)
+
+
 def put(folder: Path, payments: Payments) -> None:
     """Make the payments all that the source holds."""
     (folder / "data").mkdir(exist_ok=True)
     users, times = zip(*payments, strict=True)
-    columns = [
-        pa.array(users, pa.int64()),
-        pa.array(times, pa.timestamp("us", tz="UTC")),
-        pa.array(payments.values(), pa.int64()),
-    ]
-    pq.write_table(pa.table(columns, names=["user_id", "at", "amount"]), folder / "data" / "part.parquet")
+    columns = {
+        "user_id": pa.array(users, pa.int64()),
+        "at": pa.array(times, pa.timestamp("us", tz="UTC")),
+        "amount": pa.array(payments.values(), pa.int64()),
+        "receipt": pa.array(map(receipt, payments.values()), pa.binary()),
+    }
+    pq.write_table(pa.table(columns), folder / "data" / "part.parquet")
 
 
 def changed_payments() -> Payments:
@@ -231,18 +240,27 @@ class Shop:
         self._server.close()
 
     def online(self) -> dict[int, int]:
-        """All that is online, from the server's own memory: user → amount."""
+        """All that is online, from the server's own memory: user → amount. Each row has the receipt of its amount."""
         view = self.fs.registry.state().require_view("spend")
         decode = codec.Decoder(view.features).decode
         names = list(self.client.scan_iter(codec.key_prefix(view) + b"{*", count=10_000))
-        values: list[Any] = [value for n in range(0, len(names), 10_000) for value in self.client.mget(names[n : n + 10_000])]  # type: ignore[union-attr]
-        rows = zip(names, values, strict=True)
-        return {int(name.rpartition(b":")[2]): decode(value)[0] for name, value in rows if len(value) > codec.HEADER.size}
+        found = {}
+        for start in range(0, len(names), 10_000):
+            some = names[start : start + 10_000]
+            values: Any = self.client.mget(some)
+            for name, value in zip(some, values, strict=True):
+                if len(value) > codec.HEADER.size:
+                    amount, paper = decode(value)
+                    assert paper == receipt(amount)
+                    found[int(name.rpartition(b":")[2])] = amount
+        return found
 
     def calls(self) -> int:
         """How many calls with rows the server has answered since it was started, whatever became of the rows."""
         stats: Any = self.client.info("commandstats")
-        return sum(stats.get(f"cmdstat_{name}", {"calls": 0})["calls"] for name in ("msetnx", "evalsha", "eval"))
+        return sum(
+            stats.get(f"cmdstat_{name}", {"calls": 0})["calls"] for name in ("mget", "msetnx", "evalsha", "eval", "fcall")
+        )
 
     def slow(self, times: int = 1) -> None:
         """Let all that is written from now on take its time, or so many times as much."""
