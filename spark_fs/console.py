@@ -87,7 +87,9 @@ def run(act: Callable[[], ExitCode | None], *, debug: bool = False) -> int:
             return int(act() or ExitCode.OK)
     except KeyboardInterrupt as stop:
         say("Interrupted; what was finished is kept, and the same command resumes.")
-        return ExitCode.TERMINATED if isinstance(stop, Terminated) else ExitCode.INTERRUPTED
+        # A run over several views has told in its own error what it did, and comes from the signal's.
+        by_sigterm = isinstance(stop, Terminated) or isinstance(stop.__cause__, Terminated)
+        return ExitCode.TERMINATED if by_sigterm else ExitCode.INTERRUPTED
     except Exception as error:  # noqa: BLE001  # the last stop: whatever it is becomes a message and a code
         ours = translate(error)
         if ours is None or debug:

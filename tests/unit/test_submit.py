@@ -40,9 +40,29 @@ def test_sigterm_ends_the_job_too() -> None:
     assert not Path(f"/proc/{job}").exists()
 
 
-def test_a_command_without_a_job_ends_by_sigterm_as_by_control_c() -> None:
+#: A command that is stopped, at its work or in the middle of a run over several views.
+STOPPED = """\
+import os, sys
+from spark_fs import console
+from spark_fs.errors import InterruptedRunError
+
+def work():
+    os.kill(os.getpid(), {signal})
+
+def views():
+    try:
+        work()
+    except KeyboardInterrupt as stop:
+        raise InterruptedRunError([], []) from stop
+
+sys.exit(console.run({act}))
+"""
+
+
+@pytest.mark.parametrize("act", ["work", "views"])
+@pytest.mark.parametrize(("sent", "code"), [(signal.SIGTERM, ExitCode.TERMINATED), (signal.SIGINT, ExitCode.INTERRUPTED)])
+def test_a_command_without_a_job_ends_by_sigterm_as_by_control_c(sent: signal.Signals, code: ExitCode, act: str) -> None:
     """It says that what was finished is kept, and gives its own code for each."""
-    script = "import os, signal, sys; from spark_fs import console; sys.exit(console.run(lambda: os.kill(os.getpid(), {})))"
-    for sent, code in ((signal.SIGTERM, ExitCode.TERMINATED), (signal.SIGINT, ExitCode.INTERRUPTED)):
-        done = subprocess.run([sys.executable, "-c", script.format(int(sent))], capture_output=True, text=True, check=False)
-        assert (done.returncode, done.stderr.partition(";")[0]) == (code, "Interrupted")
+    script = STOPPED.format(signal=int(sent), act=act)
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr.partition(";")[0]) == (code, "Interrupted")
