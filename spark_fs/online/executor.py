@@ -224,7 +224,7 @@ def _ends_run(batch: pa.RecordBatch, after: pa.RecordBatch | None, names: Sequen
     import pyarrow as pa
     import pyarrow.compute as pc
 
-    ends = pa.array([False] * (batch.num_rows - 1), pa.bool_())
+    ends = pa.repeat(False, batch.num_rows - 1)
     last = after is None
     for name in names:
         column = batch.column(name)
