@@ -23,8 +23,9 @@ from spark_fs.spec import ViewSpec
 
 #: A task takes one bucket where there are fewer than so many, or than so many for each slot.
 _LEAST_TASKS, _TASKS_PER_SLOT = 64, 4
-#: Files of less than that are read by one task: it takes Spark some hundredths of a second to start one.
-_TASK_BYTES = 4 << 20
+#: Bytes of data files for a task, at least and at most. It takes Spark a tenth of a second to run an empty one, and a task that
+#: is lost is done again, in some seconds.
+_LEAST_BYTES, _MOST_BYTES = 4 << 20, 128 << 20
 
 
 def within_any(intervals: Sequence[Interval]) -> SparkColumn:
@@ -58,8 +59,8 @@ def publish_files(
 ) -> tuple[WriteCounts, int]:
     """Publish data files where they lie: no rows pass through the JVM and none are shuffled. Counts and rows read.
 
-    The files are those of ``files_in_place``; a task takes one, or several small ones. ``confirmed`` is told each bucket that
-    is written (see ``executor.Confirmed``); those in ``done`` are left out.
+    The files are those of ``files_in_place``; a task takes one or several. ``confirmed`` is told each bucket that is written
+    (see ``executor.Confirmed``); those in ``done`` are left out.
     """
     left = [file for file in files if file.bucket not in done]
     if not left:
@@ -67,9 +68,17 @@ def publish_files(
     start_us, end_us = to_micros(interval.start), to_micros(interval.end)
     named = tuple((file.path, file.bucket) for file in left)
     how = {"files": named, "keys": table.view.keys, "start_us": start_us, "end_us": end_us, "confirmed": confirmed}
-    tasks = min(len(left), 1 + sum(file.size_bytes for file in left) // _TASK_BYTES)
+    tasks = _tasks(left, table.spark.sparkContext.defaultParallelism)
     numbers = table.spark.range(0, len(left), 1, tasks)
     return run_tasks(numbers, partial(executor.publish_files, **how), target, most_tasks=tasks)
+
+
+def _tasks(files: Sequence[DataFile], slots: int) -> int:
+    """In how many tasks to read the files: one for each slot, more where they are large, fewer where they are tiny."""
+    size = sum(file.size_bytes for file in files)
+    wanted = min(len(files), slots * -(-size // (slots * _MOST_BYTES)) or 1, 1 + size // _LEAST_BYTES)
+    # All tasks the same number of files, but for the last.
+    return -(-len(files) // -(-len(files) // wanted))
 
 
 def publish_rows(

@@ -589,7 +589,8 @@ def test_a_run_that_was_stopped_goes_on_with_the_buckets_that_are_left(
     tmp_path: Path, spark: SparkSession, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What was confirmed before the server was full is not sent again; the ledger has both runs, bucket by bucket."""
-    monkeypatch.setattr("spark_fs.dispatch._TASK_BYTES", 1)  # a task for each bucket, small as they are
+    for bound in ("_LEAST_BYTES", "_MOST_BYTES"):  # a task for each bucket, small as they are
+        monkeypatch.setattr(f"spark_fs.dispatch.{bound}", 1)
     with redis_process(tmp_path) as url, redis.Redis.from_url(url) as client:
         fs = open_project(tmp_path, SPEND, spark, settings=f"online:\n  url: {url}\noffline:\n  buckets: 16\n")
         fs.apply()
