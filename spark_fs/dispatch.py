@@ -54,20 +54,20 @@ def publish_files(
     files: Sequence[DataFile],
     target: OnlineTarget,
     interval: Interval,
-    confirmed: Any = None,
+    notes: executor.Notes | None = None,
     done: Sequence[int] = (),
 ) -> tuple[WriteCounts, int]:
     """Publish data files where they lie: no rows pass through the JVM and none are shuffled. Counts and rows read.
 
-    The files are those of ``files_in_place``; a task takes one or several. ``confirmed`` is told each bucket that is written
-    (see ``executor.Confirmed``); those in ``done`` are left out.
+    The files are those of ``files_in_place``; a task takes one or several. Each bucket that is written is
+    noted; those in ``done`` are left out.
     """
     left = [file for file in files if file.bucket not in done]
     if not left:
         return WriteCounts(), 0
     start_us, end_us = to_micros(interval.start), to_micros(interval.end)
     named = tuple((file.path, file.bucket) for file in left)
-    how = {"files": named, "keys": table.view.keys, "start_us": start_us, "end_us": end_us, "confirmed": confirmed}
+    how: dict[str, Any] = {"files": named, "keys": table.view.keys, "start_us": start_us, "end_us": end_us, "notes": notes}
     tasks = _tasks(left, table.spark.sparkContext.defaultParallelism)
     numbers = table.spark.range(0, len(left), 1, tasks)
     return run_tasks(numbers, partial(executor.publish_files, **how), target, most_tasks=tasks)
@@ -82,16 +82,16 @@ def _tasks(files: Sequence[DataFile], slots: int) -> int:
 
 
 def publish_rows(
-    view: ViewSpec, rows: DataFrame, target: OnlineTarget, confirmed: Any = None, done: Sequence[int] = ()
+    view: ViewSpec, rows: DataFrame, target: OnlineTarget, notes: executor.Notes | None = None, done: Sequence[int] = ()
 ) -> tuple[WriteCounts, int]:
     """Publish the newest of the rows of each key, through Spark's reader and a shuffle. Counts and rows read.
 
-    ``confirmed`` is told each bucket that is written (see ``executor.Confirmed``); rows of those in ``done`` are left out.
+    Each bucket that is written is noted; rows of those in ``done`` are left out.
     """
     rows = rows.where(~F.col("_bucket").isin(*done)) if done else rows
     read, all_rows = Observation(), [F.count(F.lit(1)).alias("rows")]
     newest = newest_rows(view, rows.observe(read, *all_rows))
-    counts, _ = run_tasks(newest, partial(executor.publish_rows, confirmed=confirmed), target)
+    counts, _ = run_tasks(newest, partial(executor.publish_rows, notes=notes), target)
     return counts, int(observed(read, rows, all_rows)["rows"])
 
 

@@ -7,6 +7,7 @@ offers rows that were added or changed, and restates keys that have lost a row.
 
 from __future__ import annotations
 
+import json
 import threading
 import time
 import uuid
@@ -15,7 +16,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, replace
 from functools import reduce
 from operator import add
-from typing import Any, cast
+from typing import Any
 
 from pyspark.sql import DataFrame, Observation
 from pyspark.sql import functions as F
@@ -37,7 +38,7 @@ from spark_fs.offline.changes import changes
 from spark_fs.offline.table_log import Commit
 from spark_fs.offline.tables import FeatureTable, is_version_gone, observed
 from spark_fs.online import executor
-from spark_fs.online.connect import has_token, leave_token, serving
+from spark_fs.online.connect import forget_notes, has_token, leave_token, notes, serving
 from spark_fs.online.redis_store import COUNTS, OnlineTarget, WriteCounts
 from spark_fs.publication import Publication, Request, plan_publication
 from spark_fs.registry import Registry
@@ -45,8 +46,8 @@ from spark_fs.room import check_room
 
 #: How often a run begins anew because another one has published or restated the view meanwhile.
 _ATTEMPTS = 3
-#: How often buckets that tasks have confirmed are noted: what a killed driver does not know of is written again.
-_NOTE_SECONDS = 0.5
+#: How often the ledger is brought up to what tasks have noted.
+_NOTE_SECONDS = 2.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -216,7 +217,8 @@ class _Run:
         # Servers that were lost since may have lost confirmed rows, and kept the mark.
         if resumed and resumed.plan["servers"] == servers and self._has_mark(resumed.token):
             mark, intent_id = resumed.token, resumed.intent_id
-            done = frozenset((part.step, part.bucket) for part in resumed.parts if part.generation == target.generation)
+            parts = collect_notes(self._registry, target, resumed.intent_id)
+            done = frozenset((part.step, part.bucket) for part in parts if part.generation == target.generation)
         else:
             mark = self._leave_mark()
             plan = {
@@ -249,6 +251,11 @@ class _Run:
         # Interrupted before this, they are taken up once more, with nothing left to do.
         for intent_id in closed:
             self._registry.ledger.finish(intent_id)
+            forget_notes(
+                self._target.url,
+                notes_name(self._target, intent_id),
+                socket_timeout_seconds=self._target.socket_timeout_seconds,
+            )
         return True
 
     def _servers(self) -> list[str]:
@@ -349,12 +356,12 @@ class _Attempt:
         if restate or repair:
             target = self._restating(restates=restate)
         files = files_in_place(self._table, todo.version, log, todo.fresh[0]) if len(todo.fresh) == 1 else None
-        with self._confirming("fresh", target) as (confirmed, done):
+        with self._noting("fresh") as (noted, done):
             if files is not None:
-                self._add(*publish_files(self._table, files, target, todo.fresh[0], confirmed, done))
+                self._add(*publish_files(self._table, files, target, todo.fresh[0], noted, done))
             else:
                 rows = self._rows(todo.version, todo.fresh)
-                self._add(*publish_rows(self._table.view, rows, target, confirmed, done))
+                self._add(*publish_rows(self._table.view, rows, target, noted, done))
         if restate:
             # So that no other row ever carries the generation of a restatement: by it an audit tells them.
             self.generation = self._registry.raise_generation(self._table.view)
@@ -369,16 +376,16 @@ class _Attempt:
         except Exception as error:
             if not is_version_gone(error):
                 raise
-            with self._confirming("changed", self._target) as (confirmed, done):
-                self._add(*publish_rows(view, self._rows(todo.version, todo.compared), self._target, confirmed, done))
+            with self._noting("changed") as (noted, done):
+                self._add(*publish_rows(view, self._rows(todo.version, todo.compared), self._target, noted, done))
             self._note_gone(todo.since, "all rows were offered, but")
 
     def _offer_differences(self, since: int) -> None:
         changed, view = self._changes(since, self._todo.compared), self._table.view
         seen, lost = Observation(), [F.count_if("_lost").alias("lost")]
         rows = changed.observe(seen, *lost).where(~F.col("_lost")).drop("_lost")
-        with self._confirming("changed", self._target) as (confirmed, done):
-            self._add(*publish_rows(view, rows, self._target, confirmed, done))
+        with self._noting("changed") as (noted, done):
+            self._add(*publish_rows(view, rows, self._target, noted, done))
         if observed(seen, changed, lost)["lost"]:
             self._withdraw(changed)
 
@@ -440,35 +447,38 @@ class _Attempt:
         return self._table.read(version).where(within_any(intervals))
 
     @contextmanager
-    def _confirming(self, step: str, target: OnlineTarget) -> Iterator[tuple[Any, list[int]]]:
-        """Note buckets in the ledger as tasks confirm them: gives what tasks tell, and the buckets that are done already."""
+    def _noting(self, step: str) -> Iterator[tuple[executor.Notes, list[int]]]:
+        """Keep the ledger up with what tasks note of the step: gives where, and the buckets that are done already."""
         done = sorted(bucket for of, bucket in self._done if of == step)
         self._totals.resumed += len(done)
-        confirmed = cast("Any", self._table.spark.sparkContext).accumulator([], executor.Confirmed())
-        noted, ended = 0, threading.Event()
-
-        def note() -> None:
-            nonlocal noted
-            new = confirmed.value[noted:]
-            if new:
-                parts = [Part(step, bucket, target.generation, counts) for bucket, counts in new]
-                self._registry.ledger.note_parts(self._intent_id, parts)
-                noted += len(new)
+        ended = threading.Event()
 
         def watch() -> None:
             while not ended.wait(_NOTE_SECONDS):
-                with suppress(Exception):  # the registry may be away for a moment; the last note is not taken so lightly
-                    note()
+                with suppress(
+                    Exception
+                ):  # one of both may be away for a moment; what counts is read at the end, or by the next
+                    collect_notes(self._registry, self._target, self._intent_id)
 
         watcher = threading.Thread(target=watch, daemon=True)
         watcher.start()
         try:
-            yield confirmed, done
-        except BaseException:
-            with suppress(Exception):
-                note()
-            raise
+            yield executor.Notes(notes_name(self._target, self._intent_id), step), done
         finally:
             ended.set()
             watcher.join()
-        note()
+            with suppress(Exception):
+                collect_notes(self._registry, self._target, self._intent_id)
+
+
+def notes_name(target: OnlineTarget, intent_id: str) -> bytes:
+    """The key of the list in which tasks note what they have confirmed of an intent."""
+    return b"%bnotes:{0}:%b" % (target.prefix, intent_id.encode())
+
+
+def collect_notes(registry: Registry, target: OnlineTarget, intent_id: str) -> list[Part]:
+    """Take what tasks have noted of an intent into the ledger."""
+    found = notes(target.url, notes_name(target, intent_id), socket_timeout_seconds=target.socket_timeout_seconds)
+    parts = [Part(note["step"], note["bucket"], note["generation"], note["counts"]) for note in map(json.loads, found)]
+    registry.ledger.note_parts(intent_id, parts)
+    return parts

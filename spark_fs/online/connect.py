@@ -335,6 +335,20 @@ def serving(url: str, *, socket_timeout_seconds: float = 10.0) -> frozenset[str]
     return _patiently(url, look, socket_timeout_seconds)
 
 
+def notes(url: str, name: bytes, *, socket_timeout_seconds: float = 10.0) -> list[bytes]:
+    """The items of a list, newest first; none where there is no list."""
+
+    def look(client: Client) -> list[bytes]:
+        return cast("list[bytes]", client.lrange(name, 0, -1))
+
+    return _patiently(url, look, socket_timeout_seconds)
+
+
+def forget_notes(url: str, name: bytes, *, socket_timeout_seconds: float = 10.0) -> None:
+    """Remove a list."""
+    _patiently(url, lambda client: client.unlink(name), socket_timeout_seconds)
+
+
 def _patiently(url: str, act: Callable[[Client], T], socket_timeout_seconds: float) -> T:
     """Do what may be done twice; where replicas can take over, again and again until they have."""
     until = time.monotonic() + (0.0 if parse_address(url).mode == STANDALONE else FAILOVER_SECONDS)

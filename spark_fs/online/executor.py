@@ -6,7 +6,9 @@ driver sees only their text.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from itertools import groupby, pairwise
 from operator import itemgetter
 from typing import TYPE_CHECKING, Any
@@ -19,8 +21,6 @@ from spark_fs.spec import Column
 if TYPE_CHECKING:
     import pyarrow as pa
 
-#: Buckets and the counts of their rows.
-Told = list[tuple[int, dict[str, int]]]
 #: Rows of a data file in memory at a time.
 BATCH_ROWS = 64 * 1024
 #: How much of a column is read at once where only its first rows are wanted.
@@ -29,33 +29,54 @@ _BUFFER_BYTES = 64 * 1024
 MEASURES = (*COUNTS, "rows_read", "replicas")
 
 
-class Confirmed:
-    """What tasks tell of buckets of which every row is confirmed, (bucket, counts), while others still work.
+@dataclass(frozen=True, slots=True)
+class Notes:
+    """Where tasks note the buckets of which every row is confirmed: a list in the online store, and the step they belong to.
 
-    It is the ``AccumulatorParam`` of a list of them. Spark adds what a task has told when the task has ended well.
+    A note is JSON: step, bucket, generation of its rows, and ``COUNTS``. It is lost with the rows that it is about.
     """
 
-    def zero(self, _: Told) -> Told:
-        """Nothing told."""
-        return []
-
-    def addInPlace(self, told: Told, more: Told) -> Told:  # Spark's name
-        """Both."""
-        told += more
-        return told
+    name: bytes
+    step: str
 
 
-def publish_rows(batches: Iterator[pa.RecordBatch], target: OnlineTarget, confirmed: Any = None) -> Iterator[pa.RecordBatch]:
+class _Noting:
+    """Notes the buckets of one task; for a ``with`` block. Connects for the first one."""
+
+    def __init__(self, target: OnlineTarget, notes: Notes | None) -> None:
+        self._target, self._notes = target, notes
+        self._client: Any = None
+
+    def __enter__(self) -> _Noting:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if self._client is not None:
+            self._client.close()
+
+    def note(self, bucket: int | None, counts: WriteCounts) -> None:
+        """Note a bucket, where there is one and notes are wanted."""
+        if self._notes is None or bucket is None:
+            return
+        if self._client is None:
+            self._client = open_client(self._target.url, socket_timeout_seconds=self._target.socket_timeout_seconds)
+        what = {"step": self._notes.step, "bucket": bucket, "generation": self._target.generation}
+        self._client.lpush(self._notes.name, json.dumps({**what, "counts": {name: getattr(counts, name) for name in COUNTS}}))
+
+
+def publish_rows(
+    batches: Iterator[pa.RecordBatch], target: OnlineTarget, notes: Notes | None = None
+) -> Iterator[pa.RecordBatch]:
     """Write rows with ``_key`` (each once) and the target's columns; yields one row of ``MEASURES``. For ``mapInArrow``.
 
-    ``confirmed`` is an accumulator of ``Confirmed``, told of each bucket where rows have a ``_bucket``, those of one together.
+    Buckets are noted where rows have a ``_bucket``, those of one together.
     """
     total = WriteCounts()
-    with redis_errors(), Writer(target, distinct=True) as writer:
+    with redis_errors(), Writer(target, distinct=True) as writer, _Noting(target, notes) as noting:
         for bucket, rows in groupby(_by_bucket(batches), itemgetter(0)):
             counts = writer.write(batch for _, batch in rows)
             total += counts
-            _tell(confirmed, bucket, counts)
+            noting.note(bucket, counts)
         total += writer.await_replicas()
     yield _measures(total, total.rows)
 
@@ -72,11 +93,6 @@ def _by_bucket(batches: Iterator[pa.RecordBatch]) -> Iterator[tuple[int | None, 
         ends = np.flatnonzero(np.append(buckets[1:] != buckets[:-1], True)) + 1
         for start, end in pairwise([0, *ends.tolist()] if len(buckets) else []):
             yield int(buckets[start]), batch.slice(start, end - start)
-
-
-def _tell(confirmed: Any, bucket: int | None, counts: WriteCounts) -> None:
-    if confirmed is not None and bucket is not None:
-        confirmed.add([(bucket, {name: getattr(counts, name) for name in COUNTS})])
 
 
 def publish_in_place_of_lost(batches: Iterator[pa.RecordBatch], target: OnlineTarget) -> Iterator[pa.RecordBatch]:
@@ -115,17 +131,17 @@ def publish_files(
     keys: Sequence[Column],
     start_us: int,
     end_us: int,
-    confirmed: Any = None,
+    notes: Notes | None = None,
 ) -> Iterator[pa.RecordBatch]:
     """Write the newest row of each key with an event time in ``[start_us, end_us)`` from the files of the numbers in ``id``.
 
-    ``files`` are all there are, each with its bucket, of which ``confirmed`` is told (see ``publish_rows``). They are Parquet,
-    at URIs or absolute paths. In each the rows of a key must stand together, newest last, and no two may share a key
-    (``dispatch.files_in_place``). Memory is bounded by ``BATCH_ROWS``. Yields one row of ``MEASURES``.
+    ``files`` are all there are, each with its bucket, which is noted. They are Parquet, at URIs or absolute paths. In each the
+    rows of a key must stand together, newest last, and no two may share a key (``dispatch.files_in_place``). Memory is bounded
+    by ``BATCH_ROWS``. Yields one row of ``MEASURES``.
     """
     read, total = [0], WriteCounts()
     names = [key.name for key in keys]
-    with redis_errors(), Writer(target, distinct=True) as writer:
+    with redis_errors(), Writer(target, distinct=True) as writer, _Noting(target, notes) as noting:
         for batch in batches:
             for number in batch.column("id").to_pylist():
                 file, bucket = files[number]
@@ -133,7 +149,7 @@ def publish_files(
                 # Key bytes of the newest rows only: of long histories that is a small part.
                 counts = writer.write(_with_key(rows, target, keys) for rows in newest)
                 total += counts
-                _tell(confirmed, bucket, counts)
+                noting.note(bucket, counts)
         total += writer.await_replicas()
     yield _measures(total, read[0])
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from datetime import datetime, timedelta
 from pathlib import Path
@@ -98,40 +99,41 @@ def place(request: pytest.FixtureRequest, tmp_path: Path) -> str:
     return str(request.getfixturevalue("s3")) if request.param == "s3" else tmp_path.as_uri()
 
 
-class Told:
-    """What Spark makes of ``executor.Confirmed``, in one process."""
-
-    def __init__(self) -> None:
-        self.value = executor.Confirmed().zero([])
-
-    def add(self, told: executor.Told) -> None:
-        self.value = executor.Confirmed().addInPlace(self.value, told)
+NOTES = executor.Notes(b"flights:weather@1:notes:{0}:x", "fresh")
 
 
-def test_each_bucket_is_told_when_its_rows_are_confirmed(url: str) -> None:
+def noted(client: redis.Redis, count: str) -> list[tuple[int, int]]:
+    """The buckets that were noted, in order, and one of their counts."""
+    found: Any = client.lrange(NOTES.name, 0, -1)
+    notes = [json.loads(note) for note in reversed(found)]
+    assert {(note["step"], note["generation"]) for note in notes} <= {("fresh", 1)}
+    return [(note["bucket"], note["counts"][count]) for note in notes]
+
+
+def test_each_bucket_is_noted_when_its_rows_are_confirmed(url: str, client: redis.Redis) -> None:
     """Also where a bucket goes over two batches, and where a batch has none."""
-    target, confirmed = target_of(url), Told()
+    target = target_of(url)
     buckets = [pa.array([1, 1, 2], pa.int32()), pa.array([2, 4], pa.int32()), pa.array([], pa.int32())]
     rows = [batch([b"a", b"b", b"c"]), batch([b"d", b"e"]), batch([])]
     batches = [part.append_column("_bucket", column) for part, column in zip(rows, buckets, strict=True)]
-    (measures,) = executor.publish_rows(iter(batches), target, confirmed)
-    assert [(bucket, counts["applied"]) for bucket, counts in confirmed.value] == [(1, 2), (2, 2), (4, 1)]
+    (measures,) = executor.publish_rows(iter(batches), target, NOTES)
+    assert noted(client, "applied") == [(1, 2), (2, 2), (4, 1)]
     assert measures.to_pylist()[0]["applied"] == 5
 
 
 def test_the_buckets_of_a_task_share_a_connection_and_what_it_tells(url: str, client: redis.Redis) -> None:
     """Of rows that are there already the first bucket shows it; the others are looked up at once."""
-    target, confirmed = target_of(url), Told()
+    target = target_of(url)
     keys = [b"%d" % number for number in range(8_000)]
     bucket = pa.array([number // 1_000 for number in range(8_000)], pa.int32())
     rows = batch(keys, n=range(8_000)).append_column("_bucket", bucket)
     list(executor.publish_rows(iter([rows]), target))
     client.config_resetstat()
-    (measures,) = executor.publish_rows(iter([rows]), target, confirmed)
-    assert [(number, counts["equal"]) for number, counts in confirmed.value] == [(number, 1_000) for number in range(8)]
+    (measures,) = executor.publish_rows(iter([rows]), target, NOTES)
+    assert noted(client, "equal") == [(number, 1_000) for number in range(8)]
     assert measures.to_pylist()[0]["equal"] == 8_000
     server: dict[str, Any] = client.info("stats")  # type: ignore[assignment]
-    assert server["total_connections_received"] == 1
+    assert server["total_connections_received"] == 2  # one for the rows, one for the notes
     calls = calls_of(client)
     assert calls["evalsha"] <= 2
     assert calls["mget"] - calls["evalsha"] == 14
@@ -159,11 +161,11 @@ def test_files_are_published_newest_row_first_to_last(
         write_file(f"{place}/c.parquet", [(3, NOON - HOUR, 30), (4, NOON + HOUR, 40)]),
     ]
     target = target_of(url, view_of(keys=[Column("id", Int64)]))
-    numbers, confirmed = pa.RecordBatch.from_pydict({"id": [0, 1]}), Told()
+    numbers = pa.RecordBatch.from_pydict({"id": [0, 1]})
     bounds = {"start_us": to_micros(NOON), "end_us": to_micros(NOON + 3 * HOUR)}
     named, keys = list(zip(files, [5, 7], strict=True)), [Column("id", Int64)]
-    (measures,) = executor.publish_files(iter([numbers]), target, named, keys, **bounds, confirmed=confirmed)
-    assert [(bucket, counts["applied"]) for bucket, counts in confirmed.value] == [(5, 2), (7, 1)]
+    (measures,) = executor.publish_files(iter([numbers]), target, named, keys, **bounds, notes=NOTES)
+    assert noted(client, "applied") == [(5, 2), (7, 1)]
     assert measures.to_pylist()[0].items() >= {"rows_read": 4, "applied": 3, "equal": 0, "stale": 0}.items()
     values = {key: stored(client, b"%d" % key, target) for key in (1, 2, 3, 4)}
     assert values == {1: [11, None], 2: [20, None], 3: None, 4: [40, None]}

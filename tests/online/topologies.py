@@ -233,6 +233,11 @@ class Cluster:
         ports = dict.fromkeys(master[1] for _, _, master, *_ in sorted(ranges, key=lambda found: found[0]))
         return [own[port] for port in ports if port in own]
 
+    def slots_of(self, master: Node, among: Sequence[int]) -> list[int]:
+        """Those of the slots that a master has, in their order: earlier tests may have moved some."""
+        ranges: Any = master.client.execute_command("CLUSTER SLOTS")
+        return [slot for slot in sorted(among) if any(a <= slot <= b and at[1] == master.port for a, b, at, *_ in ranges)]
+
     def replica_of(self, master: Node) -> Node:
         found = [n for n in self.running if n.info("role") == "slave" and n.info("master_port") == master.port]
         return found[0]
