@@ -19,7 +19,7 @@ RELEASES: dict[str, tuple[str, ...]] = {"6.2": (), "7": ("cluster|shards",), "7.
 #: Of all clients: PING for monitors; the others for a database that is not 0, and for Redis Cluster.
 CONNECTION = ("select", "ping", "cluster|slots", "cluster|nodes", "asking", "readonly", "readwrite", "command")
 #: What the script runs, in whatever manner.
-IN_SCRIPT = ("mget", "exists", "type", "time", "mset", "set", "del")
+IN_SCRIPT = ("mget", "exists", "type", "time", "pttl", "mset", "set", "del")
 WRITER = (
     *("msetnx", *IN_SCRIPT),
     *("wait", "info"),  # before and after rows are written

@@ -19,7 +19,8 @@ from spark_fs.online import codec
 # locale. Equal strings are one object in Lua, so that a row sent again costs next to nothing. MGET answers nil for a key
 # of another type; EXISTS over the absent ones, one cheap call, finds those before they are overwritten; a value shorter
 # than a header (28 bytes) is not ours either, and one of just a header is a tombstone. All checks come before the first
-# write: a call is refused as a whole or done as a whole.
+# write: a call is refused as a whole or done as a whole. What was restated keeps out older writers for GRAVE, also where its
+# own ttl ends sooner; a row that replaces it inherits what is left of that. Readers judge the ttl themselves.
 SCRIPT = b"""
 local rows, ttl_ms, restating = #KEYS, tonumber(ARGV[#KEYS + 1]), ARGV[#KEYS + 2] == '1'
 local stored, absent = redis.call('MGET', unpack(KEYS)), {}
@@ -68,28 +69,39 @@ if not ttl_ms and not restating then
   if last > 0 then redis.call('MSET', unpack(writes)) end
   return {applied, equal, stale, expired, fenced}
 end
-local clock, buried = redis.call('TIME'), {}
+local clock, grave_ms, fences, was = redis.call('TIME'), %GRAVE_MS%, {}, {}
 local now_ms = clock[1] * 1000 + clock[2] / 1000
-for i = 1, rows do
-  if stored[i] and #stored[i] == 28 then buried[KEYS[i]] = stored[i] end
+local function expires_ms(value)
+  local high, low = words('>I4I4', value, 5)
+  return math.ceil(((high - 2147483648) * 4294967296 + low) / 1000) + ttl_ms + 1
 end
-local function bury(key, tombstone) redis.call('SET', key, tombstone, 'PX', '%GRAVE_MS%') end
+local function bury(key, value, ms)
+  redis.call('SET', key, string.sub(value, 1, 4) .. string.rep('\\0', 24), 'PX', string.format('%.0f', ms))
+end
+for i = 1, rows do
+  local old = stored[i]
+  if ttl_ms and old and winner[KEYS[i]] and not was[KEYS[i]] then
+    local left_ms = redis.call('PTTL', KEYS[i])
+    was[KEYS[i]] = old
+    if left_ms > 0 and (#old == 28 or now_ms + left_ms > expires_ms(old) + 1) then fences[KEYS[i]] = left_ms end
+  end
+end
 for i = 1, last, 2 do
   local key, new = writes[i], writes[i + 1]
-  local high, low = words('>I4I4', new, 5)
-  local expires_ms = ttl_ms and math.ceil(((high - 2147483648) * 4294967296 + low) / 1000) + ttl_ms + 1
+  local fence_ms = restating and grave_ms or fences[key] or 0
   if #new == 28 then
-    bury(key, new)
+    bury(key, new, grave_ms)
   elseif not ttl_ms then
     redis.call('SET', key, new)
-  elseif expires_ms > now_ms then
-    redis.call('SET', key, new, 'PXAT', string.format('%.0f', expires_ms))
+  elseif expires_ms(new) > now_ms then
+    local until_ms = math.max(expires_ms(new), now_ms + fence_ms)
+    redis.call('SET', key, new, 'PXAT', string.format('%.0f', until_ms))
   else
     applied, expired = applied - 1, expired + 1
     if restating then
-      bury(key, string.sub(new, 1, 4) .. string.rep('\\0', 24))
-    elseif buried[key] then
-      bury(key, buried[key])
+      bury(key, new, grave_ms)
+    elseif fences[key] then
+      bury(key, was[key], fences[key])
     else
       redis.call('DEL', key)
     end

@@ -22,9 +22,10 @@ from hypothesis import strategies as st
 from spark_fs.errors import InvalidError, SparkFSError, UnavailableError, translate
 from spark_fs.online import calls, codec, connect, redis_store
 from spark_fs.online.connect import check_server, delete_prefix
+from spark_fs.online.read import OnlineReader
 from spark_fs.online.redis_store import OnlineTarget, WriteCounts, bury_batches, write_batches
 from spark_fs.online.script import SCRIPT
-from spark_fs.spec import Column
+from spark_fs.spec import Column, select
 from spark_fs.types import Bytes, Int64
 from tests.online.servers import FEATURES, NOON, UTC, batch, free_port, ping_for_ever, redis_process, target_of, view_of
 
@@ -222,7 +223,9 @@ PLANTED = {
     "the generation is not looked at": (b"raised = a0 - b0", b"raised = 0"),
     "every write restates": (b"raised > 0 and restating", b"raised > 0"),
     "the low half of a time is dropped": (b"a2 ~= b2 and", b"false and"),
-    "a tombstone never ends": (b"'PX', '604800000'", b"'KEEPTTL'"),
+    "a tombstone never ends": (b"'PX', string.format('%.0f', ms))", b"'KEEPTTL')"),
+    "a restated row ends with its ttl": (b"restating and grave_ms or", b""),
+    "a row that replaces a restated one ends its fence": (b"or fences[key] or 0", b"or 0"),
     "rows of one call do not see each other": (b"winner[key] or stored[i]", b"stored[i]"),
     "foreign keys are overwritten": (b"#absent > 0 and", b"false and"),
 }
@@ -246,6 +249,8 @@ def test_the_contract_catches_planted_bugs(url: str, client: redis.Redis, monkey
         lambda: test_a_tombstone_keeps_out_what_began_before_it(url, client, None),
         lambda: test_a_key_many_times_in_one_call_ends_with_its_greatest_version(url, client, None),
         lambda: test_a_key_of_another_program_is_left_alone(url, client),
+        lambda: test_what_was_restated_keeps_out_older_writers_after_its_ttl(url, client, "nothing"),
+        lambda: test_what_was_restated_keeps_out_older_writers_after_its_ttl(url, client, "a newer row"),
     ]
     caught = 0
     for rule in rules:
@@ -523,3 +528,25 @@ def test_unfit_rows_stop_the_write(url: str, client: redis.Redis) -> None:
     with pytest.raises(SparkFSError, match=r"SFS-609.*'s'"):
         write(target_of(url), lacking)
     assert client.dbsize() == 0
+
+
+@pytest.mark.parametrize("then", ["nothing", "a newer row", "an expired row"])
+def test_what_was_restated_keeps_out_older_writers_after_its_ttl(url: str, client: redis.Redis, then: str) -> None:
+    """A task that began before cannot bring back what was there; also where the next row has replaced the restated one."""
+    now = datetime.now(UTC)
+    target = target_of(url, view_of(ttl=HOUR))
+    newest = replace(target, generation=2)
+    ends = now - HOUR + timedelta(milliseconds=600)
+    assert write_batches(iter([batch([b"a"], ends, n=[1])]), replace(newest, restating=True)).applied == 1
+    if then == "a newer row":
+        assert write_batches(iter([batch([b"a"], ends + timedelta(milliseconds=1), n=[2])]), newest).applied == 1
+    time.sleep(0.7)
+    if then == "an expired row":
+        assert write_batches(iter([batch([b"a"], ends + timedelta(milliseconds=1), n=[2])]), newest).expired == 1
+    assert write_batches(iter([batch([b"a"], now, n=[3])]), target).fenced == 1
+    with OnlineReader(url) as reader:
+        response = reader.read([select(view_of(ttl=HOUR), ["n"])], {"origin": ["a"]})
+    assert response.statuses["n"] in (["OUTSIDE_MAX_AGE"], ["NOT_FOUND"])
+    assert write_batches(iter([batch([b"a"], now, n=[4])]), newest).applied == 1
+    left_days = client.pttl(codec.redis_key(target.prefix, b"a")) / 86_400_000  # type: ignore[operator]
+    assert 6.9 < left_days <= 7

@@ -24,7 +24,7 @@ from pyspark.sql import functions as F
 from spark_fs import FeatureStore
 from spark_fs.audit import STATUSES
 from spark_fs.build import build_interval
-from spark_fs.dispatch import publish_rows
+from spark_fs.dispatch import publish_files, publish_rows
 from spark_fs.errors import ConflictError, ExitCode, InvalidError, PartlyDoneError, SparkFSError, UnavailableError
 from spark_fs.files import feature_table_path
 from spark_fs.intervals import BEGINNING, Interval
@@ -632,28 +632,25 @@ def test_a_run_that_was_stopped_goes_on_with_the_buckets_that_are_left(
         assert fs.run(runs[0])[1] == []
 
 
-def test_data_lost_while_a_run_writes_are_noticed_by_it(tmp_path: Path, spark: SparkSession) -> None:
+def test_data_lost_while_a_run_writes_are_noticed_by_it(
+    tmp_path: Path, spark: SparkSession, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A server that comes back empty in the middle has lost the mark that the run left before it wrote."""
-    with redis_process(tmp_path) as url:
+    with redis_process(tmp_path) as url, redis.Redis.from_url(url) as client:
         fs = against(tmp_path, spark, url)
         put(tmp_path, [(user, START, user) for user in range(100)])
         fs.build(end=END)
-        view = fs.registry.state().require_view("spend")
-        table = FeatureTable(spark, feature_table_path(fs.environment.offline_root, view), view)
 
-        class FlushedTable(FeatureTable):
-            """Its server loses all between the run's first mark and its last."""
+        def publish(*arguments: Any) -> Any:
+            """The server loses all between the run's first mark and its last."""
+            client.flushall()
+            return publish_files(*arguments)
 
-            def data_files(self, version: int) -> list[str]:
-                with redis.Redis.from_url(url) as client:
-                    client.flushall()
-                return super().data_files(version)
-
-        target = OnlineTarget.of(url, view)
-        flushed = FlushedTable(table.spark, table.path, view)
-        with pytest.raises(SparkFSError, match=r"SFS-616.*meanwhile"):
-            materialize_view(fs.registry, flushed, target, Interval(START, END))
-        assert fs.registry.published(view) is None
+        with monkeypatch.context() as flushed:
+            flushed.setattr("spark_fs.materialize.publish_files", publish)
+            with pytest.raises(SparkFSError, match=r"SFS-616.*meanwhile"):
+                fs.materialize_incremental(END)
+        assert fs.registry.published(fs.registry.state().require_view("spend")) is None
         assert counts(fs.materialize_incremental(END)) == (100, 0, 100, 0, 0)
         assert fs.audit()[0].ok
 
