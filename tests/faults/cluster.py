@@ -173,7 +173,7 @@ class Frozen:
     """
 
     def __init__(self, writer: Writer) -> None:
-        self._writer = writer
+        self.writer = writer
         for pid in (writer.daemon, writer.pid):
             os.kill(pid, signal.SIGSTOP)
 
@@ -182,10 +182,10 @@ class Frozen:
 
     def go_on(self) -> None:
         """Let the worker end what it was at; nobody is there any more to take its result."""
-        os.kill(self._writer.pid, signal.SIGCONT)
-        until(lambda: all(process.pid != self._writer.pid for process in processes()))
+        os.kill(self.writer.pid, signal.SIGCONT)
+        until(lambda: all(process.pid != self.writer.pid for process in processes()))
 
     def __exit__(self, *error: type[BaseException] | BaseException | TracebackType | None) -> None:
-        for pid in (self._writer.pid, self._writer.daemon):
+        for pid in (self.writer.pid, self.writer.daemon):
             with suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGCONT)

@@ -32,7 +32,7 @@ from spark_fs.online.redis_store import OnlineTarget
 from spark_fs.registry import Published
 from tests.e2e.command import PATIENCE_SECONDS, processes, until, with_jars
 from tests.e2e.command import start as start_command
-from tests.faults.cluster import Cluster, Writer, is_gone
+from tests.faults.cluster import Cluster, Frozen, Writer, is_gone
 from tests.online.proxy import Proxy, proxy_to
 from tests.online.servers import free_port, redis_process
 from tests.project import open_project
@@ -294,6 +294,12 @@ class Shop:
             self.await_rows(USERS // BUCKETS // 2)  # there are two writers at a time: a quarter of a task of each
             lasting = before & self.writers()
         return min(lasting, key=lambda writer: writer.pid)
+
+    def freeze(self) -> Frozen:
+        """Freeze a Python worker in the middle of a task and cut it off: what it sent and nobody has seen, it sends late."""
+        frozen = Frozen(self.a_writer())
+        self.proxy.cut()  # other workers connect again
+        return frozen
 
 
 @contextmanager

@@ -9,7 +9,6 @@ import pytest
 
 from spark_fs.errors import ConflictError, ExitCode
 from tests.e2e.command import PATIENCE_SECONDS, until
-from tests.faults.cluster import Frozen
 from tests.faults.shop import END, MIDDLE, START, Shop, changed_payments, kill_driver, newest
 
 
@@ -29,7 +28,7 @@ def test_a_killed_driver_is_told_and_the_rerun_completes(shop: Shop) -> None:
 def test_a_worker_that_outlives_a_killed_driver_changes_nothing(shop: Shop) -> None:
     """The driver is killed, rows are deleted, a newer run is done; then a worker of the killed run goes on writing."""
     command = shop.start_and_await()
-    with Frozen(shop.a_writer()) as zombie:
+    with shop.freeze() as zombie:
         kill_driver(command)
         shop.fast()
         shop.rebuild(changed_payments())
@@ -58,7 +57,7 @@ def test_a_command_that_is_told_to_stop_leaves_nothing_behind(
     shop.assert_nothing_is_left(command)
     assert shop.published() is None
     (run,) = [run for run in shop.fs.registry.runs() if run["kind"] == "materialize"]
-    assert run["state"] in ("interrupted", "failed")  # by SIGTERM Spark may be gone first
+    assert run["state"] in ("interrupted", "failed"), shop.told()  # by SIGTERM Spark may be gone first
     shop.settle()
 
 

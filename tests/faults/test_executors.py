@@ -49,7 +49,7 @@ def test_a_copy_of_a_task_and_its_late_original_change_nothing(shop: Shop) -> No
     shop.slow()
     command = shop.start(MIDDLE, END)
     shop.await_rows()
-    with Frozen(shop.a_writer()) as original:
+    with shop.freeze() as original:
         shop.fast()
         out, _ = command.communicate()
         assert command.returncode == 0, shop.told()
@@ -66,9 +66,8 @@ def test_a_worker_that_outlives_its_executor_changes_nothing(shop: Shop) -> None
     shop.slow()
     run = shop.begin()
     shop.await_rows()
-    writer = shop.a_writer()
-    with Frozen(writer) as zombie:
-        os.kill(shop.cluster.executor_of(writer), signal.SIGKILL)
+    with shop.freeze() as zombie:
+        os.kill(shop.cluster.executor_of(zombie.writer), signal.SIGKILL)
         shop.fast()
         (result,) = run.result()
         assert result.applied + result.equal == USERS
