@@ -145,9 +145,17 @@ def without_secrets(text: str) -> str:
 _RAISED_IN_WORKER = re.compile(r"Traceback \(most recent call last\):\n(?:[ \t].*\n)+(\S.*)")
 
 
+def told_by(error: BaseException) -> str:
+    """The text of an error; where it has none any more, the name of its class."""
+    try:
+        return str(error)
+    except Exception:  # noqa: BLE001  # Spark's errors ask the JVM for their text, and fail in any way once it has ended
+        return type(error).__name__
+
+
 def summary(error: BaseException) -> str:
     """A foreign error in one line without secrets: what a Python worker raised, else the first line of its text."""
-    told = str(error).strip()
+    told = told_by(error).strip()
     raised = _RAISED_IN_WORKER.search(told)
     return without_secrets(raised.group(1) if raised else next(iter(told.splitlines()), type(error).__name__))
 
@@ -293,11 +301,11 @@ def translate(error: BaseException) -> SparkFSError | None:
     while seen is not None:
         if isinstance(seen, SparkFSError):
             return seen
-        if (told := _OURS_IN_TEXT.search(str(seen))) is not None:
+        kind, text = type(seen), told_by(seen)
+        if (told := _OURS_IN_TEXT.search(text)) is not None:
             return _KINDS.get(told.group(1), SparkFSError).of(told.group(2), told.group(3))
-        kind = type(seen)
         for module, mark, build in _FOREIGN:
-            if kind.__module__.startswith(module) and (mark == kind.__name__ or mark in str(seen)):
+            if kind.__module__.startswith(module) and (mark == kind.__name__ or mark in text):
                 return build(seen)
         seen = seen.__cause__ or seen.__context__
     return None

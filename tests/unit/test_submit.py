@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from spark_fs.errors import ExitCode
+from spark_fs.errors import ExitCode, summary, translate
 from spark_fs.submit import SubmitCommand
 
 #: A command that says when its job runs; the job takes a minute if nobody stops it.
@@ -66,3 +66,14 @@ def test_a_command_without_a_job_ends_by_sigterm_as_by_control_c(sent: signal.Si
     script = STOPPED.format(signal=int(sent), act=act)
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
     assert (done.returncode, done.stderr.partition(";")[0]) == (code, "Interrupted")
+
+
+def test_an_error_whose_text_went_with_the_jvm_is_named_by_its_class() -> None:
+    """Spark's errors ask the JVM for their text; a run that is noted as failed must not fail by that."""
+
+    class JvmError(Exception):
+        def __str__(self) -> str:
+            raise ConnectionRefusedError
+
+    assert translate(JvmError()) is None
+    assert summary(JvmError()) == "JvmError"
