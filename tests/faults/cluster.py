@@ -29,7 +29,7 @@ _PYTHON = "pyspark.daemon"
 
 @dataclass(frozen=True, slots=True)
 class Writer:
-    """A Python worker with its daemon and the socket by which it writes: that of one task."""
+    """A Python worker with its daemon and one of the sockets by which it writes: those of one task."""
 
     pid: int
     daemon: int
