@@ -304,25 +304,15 @@ class Registry:
             row = connection.execute(sa.select(tables.published).where(self._of(tables.published, view))).one_or_none()
         if row is None:
             return None
-        known = {"table_version": row.table_version, "token": row.token, "epoch": row.epoch}
+        known = {"table_version": row.table_version, "token": row.token}
         return Published.from_json({**known, "intervals": json.loads(row.intervals)})
-
-    def previous(self, view: ViewSpec) -> Published | None:
-        """What was published before the last full refresh or rollback, or None."""
-        query = sa.select(tables.published.c.previous).where(self._of(tables.published, view))
-        with self._transaction() as connection:
-            found = connection.execute(query).scalar()
-        return Published.from_json(json.loads(found)) if found else None
 
     def set_published(self, view: ViewSpec, before: Published | None, after: Published, generation: int) -> bool:
         """Note what is published, in the place of ``before``.
 
-        False, and no change, where that is noted no more or the generation is another one by now. With another epoch ``before``
-        is kept as what can be rolled back to.
+        False, and no change, where that is noted no more or the generation is another one by now.
         """
         values = _columns_of(after)
-        if before is not None and before.epoch != after.epoch:
-            values["previous"] = canonical_json(before.to_json())
         self._begin_generations(view)
         try:
             with self._transaction() as connection:

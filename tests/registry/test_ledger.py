@@ -118,11 +118,11 @@ def test_of_many_that_take_at_once_one_gets_it(url):
 
     def take(number: int) -> list[int]:
         barrier.wait()
-        return [number] if registries[number].ledger.take(VIEW, f"{turn}-{number}", 0.2 if turn == 0 else 60) is None else []
+        return [number] if registries[number].ledger.take(VIEW, f"{turn}-{number}", 3 if turn == 0 else 60) is None else []
 
     with ThreadPoolExecutor(many) as pool:
         for turn in range(2):
-            time.sleep(0.25 * turn)
+            time.sleep(3.1 * turn)
             assert sum(len(won) for won in pool.map(take, range(many))) == 1
 
 
