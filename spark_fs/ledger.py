@@ -16,6 +16,7 @@ import uuid
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import sqlalchemy as sa
@@ -31,6 +32,8 @@ _LOG = logging.getLogger(__name__)
 #: A lease ends so long after its run was last heard of; a living run is heard of several times meanwhile.
 LEASE_SECONDS = 60.0
 _RENEW_SECONDS, _LOOK_SECONDS = 10.0, 0.25
+#: So many publications of a view the ledger keeps, beside those that are not done.
+KEPT_INTENTS = 50
 
 #: Counts of what became of the rows of one bucket, by name.
 Counts = Mapping[str, int]
@@ -130,7 +133,11 @@ def _is_running(pid: int) -> bool:
         return False
     except PermissionError:
         return True  # somebody else's
-    return True
+    try:
+        # A process that has ended and whose parent has not asked for it yet is there, but does nothing any more.
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except (OSError, IndexError):
+        return True
 
 
 @dataclass(frozen=True)
@@ -172,10 +179,18 @@ class Ledger:
                 )
 
     def finish(self, intent_id: str) -> None:
-        """Note that all of it is published."""
-        values = {"state": "done", "finished_at": now_text()}
+        """Note that all of it is published. Of a view the last ``KEPT_INTENTS`` that are done are kept, with their buckets."""
+        values, known = {"state": "done", "finished_at": now_text()}, tables.intents.c
         with self._transaction() as connection:
-            connection.execute(tables.intents.update().where(tables.intents.c.intent_id == intent_id).values(values))
+            noted = tables.intents.update().where(known.intent_id == intent_id).values(values)
+            row = connection.execute(noted.returning(known.project, known.view, known.version)).one_or_none()
+            if row is None:
+                return  # its view was destroyed meanwhile
+            of_view = (known.project == row.project) & (known.view == row.view) & (known.version == row.version)
+            done = sa.select(known.intent_id).where(of_view, known.state == "done").order_by(known.started_us.desc())
+            old = connection.execute(done.offset(KEPT_INTENTS)).scalars().all()
+            for table in (tables.parts, tables.intents) if old else ():
+                connection.execute(table.delete().where(table.c.intent_id.in_(old)))
 
     def unfinished(self, view: ViewSpec) -> list[Intent]:
         """What runs of the view version have left, the oldest first."""

@@ -455,9 +455,8 @@ class _Attempt:
 
         def watch() -> None:
             while not ended.wait(_NOTE_SECONDS):
-                with suppress(
-                    Exception
-                ):  # one of both may be away for a moment; what counts is read at the end, or by the next
+                # One of both may be away for a moment; what counts is read at the end, or by the next run.
+                with suppress(Exception):
                     collect_notes(self._registry, self._target, self._intent_id)
 
         watcher = threading.Thread(target=watch, daemon=True)
