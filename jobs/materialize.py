@@ -12,7 +12,7 @@ from spark_fs.submit import job_arguments
 
 def main(arguments: list[str]) -> int:
     """Run the job: with a start the interval, without one what is new; the exit code of the command."""
-    flags, names = ("restate", "everything"), ("max-rows-per-second",)
+    flags, names = ("restate", "everything", "full"), ("max-rows-per-second",)
     options = job_arguments(__doc__, arguments, names=names, many=("view",), flags=flags, instants=("start", "end"))
 
     def act() -> ExitCode:
@@ -21,7 +21,7 @@ def main(arguments: list[str]) -> int:
         budget = None if options.max_rows_per_second is None else int(options.max_rows_per_second)
         publish = partial(store.materialize_incremental, options.end)
         if options.start:
-            how = {"restate": options.restate, "everything": options.everything}
+            how = {"restate": options.restate, "everything": options.everything, "full": options.full}
             publish = partial(store.materialize, options.start, options.end, **how)
         with console.progress(store.spark):
             results, error = console.results_of(lambda: publish(options.view, max_rows_per_second=budget))

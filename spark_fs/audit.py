@@ -78,7 +78,7 @@ def audit_view(
     known = registry.published(view)
     if known is None:
         return None
-    target = replace(target, erased=registry.erased(view))
+    target = replace(target.of_epoch(known.epoch), erased=registry.erased(view))
     log = table.commits()
     # A version with the same rows, whose files are there for sure: upkeep and VACUUM may have taken those of the other.
     version = known.table_version if changed_since(log, known.table_version) != [] else log[0].version

@@ -43,23 +43,25 @@ Counts = Mapping[str, int]
 class Published:
     """What of a view is online: rows of its table at ``table_version`` with event times in ``intervals`` (merged).
 
-    ``token`` is the mark that the run has left in the online store; empty where it left none.
+    ``token`` is the mark that the run has left in the online store; empty where it left none. ``epoch`` counts the full
+    refreshes: readers see the rows of one epoch only.
     """
 
     table_version: int
     intervals: tuple[Interval, ...]
     token: str = ""
+    epoch: int = 0
 
     def to_json(self) -> dict[str, Any]:
         """The claim as JSON values; instants in microseconds."""
         pairs = [[to_micros(interval.start), to_micros(interval.end)] for interval in self.intervals]
-        return {"table_version": self.table_version, "intervals": pairs, "token": self.token}
+        return {"table_version": self.table_version, "intervals": pairs, "token": self.token, "epoch": self.epoch}
 
     @classmethod
     def from_json(cls, body: Mapping[str, Any]) -> Published:
         """The claim that ``to_json`` has given."""
         intervals = tuple(Interval(*map(from_micros, pair)) for pair in body["intervals"])
-        return cls(body["table_version"], intervals, body["token"])
+        return cls(body["table_version"], intervals, body["token"], body["epoch"])
 
 
 @dataclass(frozen=True, slots=True)

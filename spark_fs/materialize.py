@@ -7,12 +7,10 @@ offers rows that were added or changed, and restates keys that have lost a row.
 
 from __future__ import annotations
 
-import json
-import threading
 import time
 import uuid
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, suppress
 from dataclasses import asdict, dataclass, field, replace
 from functools import reduce
 from operator import add
@@ -21,6 +19,7 @@ from typing import Any
 from pyspark.sql import DataFrame, Observation
 from pyspark.sql import functions as F
 
+from spark_fs.confirmed import collect_notes, confirming, notes_name
 from spark_fs.dispatch import (
     extra_keys,
     files_in_place,
@@ -33,12 +32,21 @@ from spark_fs.dispatch import (
 )
 from spark_fs.errors import ConflictError, SparkFSError
 from spark_fs.intervals import Interval, text
-from spark_fs.ledger import Intent, Part, Published
+from spark_fs.ledger import Intent, Published
 from spark_fs.offline.changes import changes
 from spark_fs.offline.table_log import Commit
 from spark_fs.offline.tables import FeatureTable, is_version_gone, observed
 from spark_fs.online import executor
-from spark_fs.online.connect import forget_notes, has_token, leave_token, notes, serving
+from spark_fs.online.connect import (
+    delete_prefix,
+    has_token,
+    leave_token,
+    remove_key,
+    serve_epoch,
+    served_epoch,
+    serving,
+)
+from spark_fs.online.executor import Notes
 from spark_fs.online.redis_store import COUNTS, OnlineTarget, WriteCounts
 from spark_fs.publication import Publication, Request, plan_publication
 from spark_fs.registry import Registry
@@ -46,8 +54,6 @@ from spark_fs.room import check_room
 
 #: How often a run begins anew because another one has published or restated the view meanwhile.
 _ATTEMPTS = 3
-#: How often the ledger is brought up to what tasks have noted.
-_NOTE_SECONDS = 2.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,13 +96,16 @@ def materialize_view(
     restate: bool = False,
     everything: bool = False,
     repair: bool = False,
+    full: bool = False,
     run_id: str = "",
 ) -> MaterializeResult:
     """Publish the rows with event times in the interval, and what has changed of all that was published before.
 
     ``restate``: each key with a row in the interval serves the newest of those from now on, also in the place of a newer one.
     ``everything``: rows of the interval that were published before are sent again. ``repair``: all published rows are written
-    again, whatever is there, and rows that should not be there go; the interval adds nothing.
+    again, whatever is there, and rows that should not be there go; the interval adds nothing. ``full``: all that was published
+    and the interval are written beside what is served, and then readers see the new rows only, from one moment to the next; the
+    old ones are kept until the next such run (``roll_back``).
 
     What earlier runs were stopped at is finished first, without the buckets that were confirmed. Writes are guarded, so the
     same run can be repeated, overlap others and be interrupted at any point; only a run of which every row is confirmed is
@@ -108,7 +117,7 @@ def materialize_view(
     ConflictError SFS-615 where other runs of the view, or servers that were lost, came in between three times.
     """
     began, run = time.monotonic(), _Run(registry, table, target, run_id or uuid.uuid4().hex[:12], is_repair=repair)
-    asked: Request | None = Request(interval, restate, everything, repair)
+    asked: Request | None = Request(interval, restate, everything, repair, full)
     for _ in range(_ATTEMPTS):
         for intent in registry.ledger.unfinished(table.view):
             if not run.take_up(intent):
@@ -133,7 +142,8 @@ class _Run:
 
     def __init__(self, registry: Registry, table: FeatureTable, target: OnlineTarget, run_id: str, *, is_repair: bool) -> None:
         self._registry, self._table, self._target, self._run_id = registry, table, target, run_id
-        self._is_repair = is_repair
+        #: The target of epoch 0; ``_target`` is that of the epoch whose rows the run writes.
+        self._first_target, self._is_repair = target, is_repair
         self._totals, self._version = _Totals(), 0
 
     def publish(self, request: Request, left: Intent | None = None) -> bool:
@@ -145,17 +155,22 @@ class _Run:
         # In this order: whoever has a generation has looked at the table later than those with a lower one.
         target, log = self._current_target(), self._table.commits()
         more = request.everything or request.restate
-        todo = plan_publication(log, known, request.interval, everything=more, repair=request.repair)
-        return self._attempt(request, todo, known, target, log, left=left)
+        todo = plan_publication(log, known, request.interval, everything=more, repair=request.repair, full=request.full)
+        if request.full and known:
+            epoch = max(self._registry.epochs(self._table.view)) + 1
+            return self._attempt(request, todo, known, self._move_to(epoch), log, epoch=epoch, left=left)
+        return self._attempt(request, todo, known, target, log, epoch=known.epoch if known else 0, left=left)
 
     def take_up(self, intent: Intent) -> bool:
         """Finish what a run has left: as it was meant where nothing was published since, else by the newest version."""
         request, todo = Request.from_json(intent.plan["request"]), Publication.from_json(intent.plan["todo"])
-        before, known = intent.plan["before"], self._known()
+        before, known, epoch = intent.plan["before"], self._known(), int(intent.plan["epoch"])
+        if request.full and known and known.epoch == epoch:  # nobody else writes this epoch: it was noted, and no more
+            return self._note(known, known, 0, [intent.intent_id])
         if (known and known.to_json()) == before:
             log = [commit for commit in self._table.commits() if commit.version <= todo.version]
             try:
-                return self._attempt(request, todo, known, self._current_target(), log, resumed=intent)
+                return self._attempt(request, todo, known, self._move_to(epoch), log, epoch=epoch, resumed=intent)
             except Exception as error:
                 if not is_version_gone(error):
                     raise
@@ -179,12 +194,21 @@ class _Run:
 
     def _known(self) -> Published | None:
         """What is published; SFS-616 where the online store does not have it any more, but for a repair."""
-        known = self._registry.published(self._table.view)
+        known, target = self._registry.published(self._table.view), self._first_target
+        self._move_to(known.epoch if known else 0)
         if known and known.token and not self._is_repair and not self._has_mark(known.token):
             raise self._lost(
                 "The mark that the last run left there is gone: the server came back without its data, or with older ones."
             )
+        timeout = {"socket_timeout_seconds": target.socket_timeout_seconds}
+        if known and served_epoch(target.url, target.prefix, **timeout) != known.epoch:
+            serve_epoch(target.url, target.prefix, known.epoch, **timeout)  # a run was stopped just before this
         return known
+
+    def _move_to(self, epoch: int) -> OnlineTarget:
+        """From here on the run writes rows of this epoch."""
+        self._target = self._first_target.of_epoch(epoch)
+        return self._current_target()
 
     def _current_target(self) -> OnlineTarget:
         registry, view = self._registry, self._table.view
@@ -198,6 +222,7 @@ class _Run:
         target: OnlineTarget,
         log: Sequence[Commit],
         *,
+        epoch: int,
         resumed: Intent | None = None,
         left: Intent | None = None,
     ) -> bool:
@@ -205,10 +230,10 @@ class _Run:
         ledger, view = self._registry.ledger, self._table.view
         self._version = todo.version
         closed = [intent.intent_id for intent in (resumed, left) if intent]
-        behind = _written_before(left, todo)
+        behind = None if request.full else _written_before(left, todo)
         if not (todo.fresh or todo.compared or behind):
             token = known.token if known else ""
-            return self._note(known, Published(todo.version, todo.intervals, token), target.generation, closed)
+            return self._note(known, Published(todo.version, todo.intervals, token, epoch), target.generation, closed)
         # Before it is noted what the run means to do: a refused one must not be taken up in the place of a shorter one.
         if todo.fresh:
             check_room(self._table, todo.version, todo.fresh, target)
@@ -217,7 +242,7 @@ class _Run:
         # Servers that were lost since may have lost confirmed rows, and kept the mark.
         if resumed and resumed.plan["servers"] == servers and self._has_mark(resumed.token):
             mark, intent_id = resumed.token, resumed.intent_id
-            parts = collect_notes(self._registry, target, resumed.intent_id)
+            parts = collect_notes(self._registry, target, intent_id, notes_name(self._first_target, intent_id))
             done = frozenset((part.step, part.bucket) for part in parts if part.generation == target.generation)
         else:
             mark = self._leave_mark()
@@ -227,10 +252,12 @@ class _Run:
                 "before": known and known.to_json(),
                 "buckets": self._table.buckets(todo.version),
                 "servers": servers,
+                "epoch": epoch,
             }
             intent_id = ledger.begin(view, self._run_id, plan, mark)
             closed.append(intent_id)
-        attempt = _Attempt(self._registry, self._table, todo, target, known, self._totals, intent_id, done)
+        noted = notes_name(self._first_target, intent_id)
+        attempt = _Attempt(self._registry, self._table, todo, target, known, self._totals, intent_id, noted, done)
         with suppress(_OvertakenError):
             attempt.run(request, behind, log)
         if attempt.overtaken:
@@ -241,21 +268,23 @@ class _Run:
         # may lack rows.
         token = self._leave_mark()
         return self._servers() == servers and self._note(
-            known, Published(todo.version, todo.intervals, token), attempt.generation, closed
+            known, Published(todo.version, todo.intervals, token, epoch), attempt.generation, closed
         )
 
     def _note(self, known: Published | None, done: Published, generation: int, closed: Sequence[str]) -> bool:
         """Note what is published now; False where another run has noted or restated something meanwhile."""
-        if known != done and not self._registry.set_published(self._table.view, known, done, generation):
+        registry, view, target = self._registry, self._table.view, self._first_target
+        timeout, epochs = {"socket_timeout_seconds": target.socket_timeout_seconds}, registry.epochs(view)
+        if known != done and not registry.set_published(view, known, done, generation):
             return False
+        if known and known.epoch != done.epoch:
+            serve_epoch(target.url, target.prefix, done.epoch, **timeout)
         # Interrupted before this, they are taken up once more, with nothing left to do.
         for intent_id in closed:
-            self._registry.ledger.finish(intent_id)
-            forget_notes(
-                self._target.url,
-                notes_name(self._target, intent_id),
-                socket_timeout_seconds=self._target.socket_timeout_seconds,
-            )
+            registry.ledger.finish(intent_id)
+            remove_key(target.url, notes_name(target, intent_id), **timeout)
+        for epoch in set(epochs) - set(registry.epochs(view)):  # nobody can go back to it any more
+            delete_prefix(target.url, target.of_epoch(epoch).prefix, **timeout)
         return True
 
     def _servers(self) -> list[str]:
@@ -320,12 +349,13 @@ class _Attempt:
         known: Published | None,
         totals: _Totals,
         intent_id: str,
+        notes: bytes,
         done: frozenset[tuple[str, int]],
     ) -> None:
         self._registry, self._table, self._todo, self._known = registry, table, todo, known
         #: Where rows go; and the generation that the view must still have when they are noted.
         self._target, self.generation = target, target.generation
-        self._totals, self._intent_id, self._done = totals, intent_id, done
+        self._totals, self._intent_id, self._notes, self._done = totals, intent_id, notes, done
         #: Whether others came in between, so that nothing may be noted.
         self.overtaken = False
 
@@ -356,7 +386,7 @@ class _Attempt:
         if restate or repair:
             target = self._restating(restates=restate)
         files = files_in_place(self._table, todo.version, log, todo.fresh[0]) if len(todo.fresh) == 1 else None
-        with self._noting("fresh") as (noted, done):
+        with self._confirming("fresh") as (noted, done):
             if files is not None:
                 self._add(*publish_files(self._table, files, target, todo.fresh[0], noted, done))
             else:
@@ -376,7 +406,7 @@ class _Attempt:
         except Exception as error:
             if not is_version_gone(error):
                 raise
-            with self._noting("changed") as (noted, done):
+            with self._confirming("changed") as (noted, done):
                 self._add(*publish_rows(view, self._rows(todo.version, todo.compared), self._target, noted, done))
             self._note_gone(todo.since, "all rows were offered, but")
 
@@ -384,7 +414,7 @@ class _Attempt:
         changed, view = self._changes(since, self._todo.compared), self._table.view
         seen, lost = Observation(), [F.count_if("_lost").alias("lost")]
         rows = changed.observe(seen, *lost).where(~F.col("_lost")).drop("_lost")
-        with self._noting("changed") as (noted, done):
+        with self._confirming("changed") as (noted, done):
             self._add(*publish_rows(view, rows, self._target, noted, done))
         if observed(seen, changed, lost)["lost"]:
             self._withdraw(changed)
@@ -446,38 +476,7 @@ class _Attempt:
     def _rows(self, version: int, intervals: Sequence[Interval]) -> DataFrame:
         return self._table.read(version).where(within_any(intervals))
 
-    @contextmanager
-    def _noting(self, step: str) -> Iterator[tuple[executor.Notes, list[int]]]:
-        """Keep the ledger up with what tasks note of the step: gives where, and the buckets that are done already."""
+    def _confirming(self, step: str) -> AbstractContextManager[tuple[Notes, list[int]]]:
         done = sorted(bucket for of, bucket in self._done if of == step)
         self._totals.resumed += len(done)
-        ended = threading.Event()
-
-        def watch() -> None:
-            while not ended.wait(_NOTE_SECONDS):
-                # One of both may be away for a moment; what counts is read at the end, or by the next run.
-                with suppress(Exception):
-                    collect_notes(self._registry, self._target, self._intent_id)
-
-        watcher = threading.Thread(target=watch, daemon=True)
-        watcher.start()
-        try:
-            yield executor.Notes(notes_name(self._target, self._intent_id), step), done
-        finally:
-            ended.set()
-            watcher.join()
-            with suppress(Exception):
-                collect_notes(self._registry, self._target, self._intent_id)
-
-
-def notes_name(target: OnlineTarget, intent_id: str) -> bytes:
-    """The key of the list in which tasks note what they have confirmed of an intent."""
-    return b"%bnotes:{0}:%b" % (target.prefix, intent_id.encode())
-
-
-def collect_notes(registry: Registry, target: OnlineTarget, intent_id: str) -> list[Part]:
-    """Take what tasks have noted of an intent into the ledger."""
-    found = notes(target.url, notes_name(target, intent_id), socket_timeout_seconds=target.socket_timeout_seconds)
-    parts = [Part(note["step"], note["bucket"], note["generation"], note["counts"]) for note in map(json.loads, found)]
-    registry.ledger.note_parts(intent_id, parts)
-    return parts
+        return confirming(self._registry, self._target, self._intent_id, self._notes, step, done)

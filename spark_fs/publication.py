@@ -19,16 +19,18 @@ class Request:
     restate: bool = False
     everything: bool = False
     repair: bool = False
+    full: bool = False
 
     def to_json(self) -> dict[str, Any]:
         """The request as JSON values."""
-        how = {"restate": self.restate, "everything": self.everything, "repair": self.repair}
+        how = {name: getattr(self, name) for name in ("restate", "everything", "repair", "full")}
         return {"interval": _pair(self.interval), **how}
 
     @classmethod
     def from_json(cls, body: Mapping[str, Any]) -> Request:
         """The request that ``to_json`` has given."""
-        return cls(_interval(body["interval"]), body["restate"], body["everything"], body["repair"])
+        how = {name: body[name] for name in ("restate", "everything", "repair", "full")}
+        return cls(_interval(body["interval"]), **how)
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,14 +72,19 @@ def plan_publication(
     *,
     everything: bool = False,
     repair: bool = False,
+    full: bool = False,
 ) -> Publication:
     """What is to be published for ``interval``, by the table's log (newest first) and what is published already.
 
-    ``everything``: also what was published of it before; ``repair``: all that was published before.
+    ``everything``: also what was published of it before; ``repair``: all that was published before; ``full``: that and the
+    interval, where nothing of it is yet.
     """
     version = log[0].version
     if known is None:
         return Publication(version, (interval,), (), None, (interval,))
+    if full:
+        whole = tuple(merge([*known.intervals, interval]))
+        return Publication(version, whole, (), None, whole)
     changed = changed_since(log, known.table_version)
     compared = known.intervals if changed is None else tuple(intersect(known.intervals, changed))
     if repair:

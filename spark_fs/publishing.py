@@ -35,6 +35,7 @@ def _budget(max_rows_per_second: int | None) -> list[str]:
 @click.option("--view", multiple=True, help="Only this feature view; may be repeated.")
 @click.option("--restate", is_flag=True, help="Let these values replace newer ones.")
 @click.option("--all", "everything", is_flag=True, help="Send also what was published before and has not changed.")
+@click.option("--full", is_flag=True, help="Write all anew beside what is served, then switch; spark-fs rollback goes back.")
 @budget_option
 @submitted
 @click.pass_context
@@ -45,6 +46,7 @@ def materialize(
     view: tuple[str, ...],
     restate: bool,
     everything: bool,
+    full: bool,
     max_rows_per_second: int | None,
     output: str,
     print_only: bool,
@@ -54,9 +56,11 @@ def materialize(
     \b
     Examples:  spark-fs materialize 2013-01-01 2014-01-01
                spark-fs materialize 2013-01-01 2013-07-01 --view weather --restate
+               spark-fs materialize 2013-01-01 2014-01-01 --view weather --full
     """
     arguments = ["--start", start, "--end", end, *repeated("view", view)]
-    arguments += [*(["--restate"] if restate else []), *(["--everything"] if everything else []), *_budget(max_rows_per_second)]
+    flags = {"--restate": restate, "--everything": everything, "--full": full}
+    arguments += [*(flag for flag, wanted in flags.items() if wanted), *_budget(max_rows_per_second)]
     submit_job(context, "materialize", arguments, output, print_only=print_only)
 
 
@@ -186,6 +190,21 @@ def repair(
 
 @click.command()
 @click.argument("view")
+@output_option
+@click.pass_context
+def rollback(context: click.Context, view: str, output: str) -> None:
+    r"""Let readers see again what they saw before the last full refresh of a VIEW; once more undoes that. Starts no Spark.
+
+    The next run brings the view up to the newest version of its table: correct that first, or stop the schedule.
+
+    \b
+    Example:  spark-fs rollback weather
+    """
+    run(context, lambda: console.show([open_store(context).roll_back(view)], output))
+
+
+@click.command()
+@click.argument("view")
 @click.argument("entities", nargs=-1, required=True)
 @click.option("--undo", is_flag=True, help="Allow these entities to be published again.")
 @output_option
@@ -218,4 +237,4 @@ def erase(context: click.Context, view: str, entities: tuple[str, ...], undo: bo
     run(context, act)
 
 
-COMMANDS = (materialize, materialize_incremental, get_online_features, audit, repair, erase)
+COMMANDS = (materialize, materialize_incremental, get_online_features, audit, repair, rollback, erase)

@@ -130,13 +130,18 @@ class Registry:
             raise InvalidError.of(
                 "SFS-302", f"The registry has format {max(found)}; this spark_fs knows {tables.FORMAT}.", fix="upgrade spark-fs"
             )
+        # Looked for after the format was read: another process may bring the registry up at this moment.
         newer = {table for version, names in tables.NEW_TABLES.items() if version > max(found) for table in names}
-        lost = set(tables.TABLES.tables) - there - newer if there else set()
+        lost = set(tables.TABLES.tables) - self._tables() - newer
         if lost:
             raise tables.damaged(f"It has lost {', '.join(sorted(lost))}.")
         if max(found) < tables.FORMAT:
             with suppress(IntegrityError, ProgrammingError), self._transaction() as connection:  # others may do it too
                 tables.bring_up(connection, max(found))
+
+    def _tables(self) -> set[str]:
+        with self._transaction() as connection:
+            return set(sa.inspect(connection).get_table_names())
 
     def state(self) -> State:
         """The applied definitions, all from one moment."""
@@ -304,15 +309,31 @@ class Registry:
             row = connection.execute(sa.select(tables.published).where(self._of(tables.published, view))).one_or_none()
         if row is None:
             return None
-        known = {"table_version": row.table_version, "token": row.token}
+        known = {"table_version": row.table_version, "token": row.token, "epoch": row.epoch}
         return Published.from_json({**known, "intervals": json.loads(row.intervals)})
+
+    def previous(self, view: ViewSpec) -> Published | None:
+        """What was published before the last full refresh or rollback, or None."""
+        query = sa.select(tables.published.c.previous).where(self._of(tables.published, view))
+        with self._transaction() as connection:
+            found = connection.execute(query).scalar()
+        return Published.from_json(json.loads(found)) if found else None
+
+    def epochs(self, view: ViewSpec) -> list[int]:
+        """The epochs of a view version of which rows may be online: served, kept to go back to, or being written."""
+        claims = (self.published(view), self.previous(view))
+        begun = {int(intent.plan.get("epoch", 0)) for intent in self.ledger.unfinished(view)}
+        return sorted({*begun, *(claim.epoch for claim in claims if claim)}) or [0]
 
     def set_published(self, view: ViewSpec, before: Published | None, after: Published, generation: int) -> bool:
         """Note what is published, in the place of ``before``.
 
-        False, and no change, where that is noted no more or the generation is another one by now.
+        False, and no change, where that is noted no more or the generation is another one by now. With another epoch ``before``
+        is kept as what can be rolled back to.
         """
         values = _columns_of(after)
+        if before is not None and before.epoch != after.epoch:
+            values["previous"] = canonical_json(before.to_json())
         self._begin_generations(view)
         try:
             with self._transaction() as connection:

@@ -80,6 +80,8 @@ published = sa.Table(
     sa.Column("table_version", sa.BigInteger, nullable=False),
     sa.Column("intervals", sa.Text, nullable=False),
     sa.Column("token", sa.Text, nullable=False),
+    sa.Column("epoch", sa.Integer, nullable=False, server_default="0"),
+    sa.Column("previous", sa.Text, nullable=False, server_default=""),
 )
 generations = sa.Table(
     "sfs_generations",
@@ -191,6 +193,11 @@ def bring_up(connection: sa.Connection, version: int) -> None:
     TABLES.create_all(connection)
     if version < 2:
         _from_watermarks(connection)
+    known = {column["name"] for column in sa.inspect(connection).get_columns(published.name)}
+    for column in (published.c.epoch, published.c.previous):
+        if column.name not in known:
+            definition = sa.schema.CreateColumn(column).compile(connection)
+            connection.execute(sa.text(f"ALTER TABLE {published.name} ADD COLUMN {definition}"))
 
 
 def _from_watermarks(connection: sa.Connection) -> None:

@@ -190,15 +190,23 @@ class FeatureStore:
         *,
         restate: bool = False,
         everything: bool = False,
+        full: bool = False,
         max_rows_per_second: int | None = None,
     ) -> list[MaterializeResult]:
         """Publish the newest row of each key with an event time in ``[start, end)``; builds what is missing of it first.
 
         What was published before is not sent again, except where it has changed since, or with ``everything``. ``restate``
-        lets each key with a row in the interval serve the newest of those, also in the place of a newer one.
+        lets each key with a row in the interval serve the newest of those, also in the place of a newer one. ``full`` writes
+        all of the view anew, beside what is served, then lets readers see it all at once; ``roll_back`` undoes that. It takes
+        the memory of both. InvalidError SFS-619 for ``full`` together with ``restate``.
         ``max_rows_per_second`` (None: as ``online.max_rows_per_second``; 0: no limit) keeps reads fast meanwhile.
         """
-        return self._materialize(_interval(start, end), views, max_rows_per_second, restate=restate, everything=everything)
+        if full and restate:
+            raise InvalidError.of(
+                "SFS-619", "A full refresh restates nothing: each key serves its newest row.", fix="choose one of the two"
+            )
+        how = {"restate": restate, "everything": everything, "full": full}
+        return self._materialize(_interval(start, end), views, max_rows_per_second, **how)
 
     def materialize_incremental(
         self, end: datetime | None = None, views: Iterable[str] | None = None, *, max_rows_per_second: int | None = None
@@ -238,6 +246,19 @@ class FeatureStore:
                 return [materialize_view(self.registry, table, target, whole, repair=True, run_id=run_id)]
 
         return self._each_online("repair", views, repair_one)
+
+    def roll_back(self, view: str) -> dict[str, Any]:
+        """Let readers see again what they saw before the last full refresh of a view, or before the last roll-back.
+
+        From one moment to the next; starts no Spark. The next run brings the view up to the newest version of its table. Raises
+        SFS-618 where there is nothing to go back to, SFS-616 where the online store has lost it.
+        """
+        from spark_fs.rollback import roll_back
+
+        (spec,) = choose_views(self.registry.state(), [view], online=True)
+        with self._run("roll back", spec.reference) as (run_id, _), self._lease(spec, run_id):
+            before = roll_back(self.registry, spec, self._target(spec))
+        return {"view": spec.reference, "table_version": before.table_version, "epoch": before.epoch}
 
     def erase(
         self, view: str, entity_rows: Sequence[Mapping[str, Any]] | Mapping[str, Sequence[Any]], *, undo: bool = False
@@ -295,14 +316,16 @@ class FeatureStore:
     def destroy(self, view: str, version: int | None = None) -> dict[str, Any]:
         """Delete the feature table and online values of a view version that is neither current nor used by a service."""
         from spark_fs.files import delete_folder, feature_table_path
-        from spark_fs.online.codec import key_prefix
-        from spark_fs.online.connect import delete_prefix
+        from spark_fs.online.codec import epoch_name, epoch_prefix, key_prefix
+        from spark_fs.online.connect import delete_prefix, remove_key
 
         state = self.registry.state()
         newest = max((n for name, n in state.versions if name == view), default=None)
         spec = state.require_view(view, version or newest)
         refuse_in_use(state, spec)
-        keys = delete_prefix(self.online_url(), key_prefix(spec))
+        url, prefix = self.online_url(), key_prefix(spec)
+        keys = sum(delete_prefix(url, epoch_prefix(prefix, epoch)) for epoch in self.registry.epochs(spec))
+        remove_key(url, epoch_name(prefix))
         path = feature_table_path(self.environment.offline_root, spec)
         deleted = delete_folder(path)
         self.registry.forget_builds(spec)

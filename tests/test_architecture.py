@@ -29,8 +29,8 @@ ORDER = [
     "online.codec", "online.trust", "online.address", "online.connect", "online.lookup", "online.encode", "online.script",
     "online.links", "online.pace", "online.calls", "online.redis_store", "online.acl", "online.capacity", "online.compare",
     "online.executor", "online.server", "online.read", "online.erase",
-    "doctor", "build", "publication", "dispatch", "room", "materialize", "audit", "store", "console", "submit",
-    "template", "command", "machine", "publishing", "cli",
+    "doctor", "build", "publication", "rollback", "confirmed", "dispatch", "room", "materialize", "audit", "store",
+    "console", "submit", "template", "command", "machine", "publishing", "cli",
 ]  # fmt: skip
 
 FILES = {".".join(file.relative_to(PACKAGE).with_suffix("").parts): file for file in sorted(PACKAGE.rglob("*.py"))}

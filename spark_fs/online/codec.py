@@ -135,6 +135,16 @@ def key_prefix(view: ViewSpec) -> bytes:
     return f"{view.project}:{view.reference}:".encode()
 
 
+def epoch_prefix(prefix: bytes, epoch: int) -> bytes:
+    """What the keys of a view version start with in an epoch, given its ``key_prefix``: a full refresh begins another one."""
+    return b"%b.%d:" % (prefix[:-1], epoch) if epoch else prefix
+
+
+def epoch_name(prefix: bytes) -> bytes:
+    """The key that says which epoch of a view version, given by its ``key_prefix``, readers see: a number; without it 0."""
+    return b"%bepoch:{0}" % prefix
+
+
 def redis_key(prefix: bytes, key: bytes) -> bytes:
     """The Redis key of an entity: prefix, tag in braces, key bytes."""
     return b"%b{%d}:%b" % (prefix, zlib.crc32(key) % ONLINE_SLOTS, key)

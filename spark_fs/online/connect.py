@@ -335,6 +335,20 @@ def serving(url: str, *, socket_timeout_seconds: float = 10.0) -> frozenset[str]
     return _patiently(url, look, socket_timeout_seconds)
 
 
+def served_epoch(url: str, prefix: bytes, *, socket_timeout_seconds: float = 10.0) -> int:
+    """Which epoch of a view version (``codec.key_prefix``) readers see."""
+
+    def look(client: Client) -> int:
+        return int(cast("Any", client.get(codec.epoch_name(prefix))) or 0)
+
+    return _patiently(url, look, socket_timeout_seconds)
+
+
+def serve_epoch(url: str, prefix: bytes, epoch: int, *, socket_timeout_seconds: float = 10.0) -> None:
+    """Let readers see this epoch of a view version, all at once: no read gives rows of two."""
+    _patiently(url, lambda client: client.set(codec.epoch_name(prefix), epoch), socket_timeout_seconds)
+
+
 def notes(url: str, name: bytes, *, socket_timeout_seconds: float = 10.0) -> list[bytes]:
     """The items of a list, newest first; none where there is no list."""
 
@@ -344,8 +358,8 @@ def notes(url: str, name: bytes, *, socket_timeout_seconds: float = 10.0) -> lis
     return _patiently(url, look, socket_timeout_seconds)
 
 
-def forget_notes(url: str, name: bytes, *, socket_timeout_seconds: float = 10.0) -> None:
-    """Remove a list."""
+def remove_key(url: str, name: bytes, *, socket_timeout_seconds: float = 10.0) -> None:
+    """Remove one key of Redis, whatever it holds."""
     _patiently(url, lambda client: client.unlink(name), socket_timeout_seconds)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from spark_fs.online.codec import first_key_digest, key_digest, key_prefix, key_space, redis_key
+from spark_fs.online.codec import epoch_prefix, first_key_digest, key_digest, key_prefix, key_space, redis_key
 from spark_fs.online.connect import erase_keys, reopen_keys
 from spark_fs.online.read import entity_keys
 from spark_fs.registry import Registry, State
@@ -40,7 +40,9 @@ def erase_entities(
     Gives the view's name and the numbers of entities and of online keys. See ``FeatureStore.erase``.
     """
     keys = set(entity_keys(versions[0], entity_rows))
-    prefixes, space = [key_prefix(view) for view in versions], key_space(versions[0])
+    space = key_space(versions[0])
+    # Rows of an epoch that is kept to go back to, or being written, must not come back either.
+    prefixes = [epoch_prefix(key_prefix(view), epoch) for view in versions for epoch in registry.epochs(view)]
     names = [redis_key(prefix, key) for prefix in prefixes for key in keys]
     digests = {key_digest(space, key) for key in keys}
     # Noted keys are not written, so the note comes first and goes last: a tombstone without one would stop every run.

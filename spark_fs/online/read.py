@@ -7,7 +7,7 @@ import html
 import math
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import date, datetime, timedelta
 from decimal import Decimal
@@ -22,6 +22,8 @@ from spark_fs.online.codec import (
     SIGN_BIT,
     TIME_AND_SCHEMA,
     Decoder,
+    epoch_name,
+    epoch_prefix,
     key_bytes,
     key_bytes_of_columns,
     key_prefix,
@@ -218,16 +220,32 @@ class OnlineReader:
         _require_keys(selections, columns)
         names = output_names(selections, full_feature_names=full_feature_names, taken=columns)
         plans = [self._plan(selection) for selection in selections]
-        encoded: dict[Any, tuple[list[int | None], list[bytes | None]]] = {}
-        wanted = [_wanted_keys(plan, columns, count, encoded) for plan in plans]
-        flat = [key for keys in wanted for key in keys if key is not None]
-        values = iter(self._fetch(flat))
+        wanted, values = self._values(plans, columns, count)
         now_us = time.time_ns() // 1000 if now is None else to_micros(now)
         features: dict[str, tuple[_Found, int]] = {}
         for number, (plan, keys) in enumerate(zip(plans, wanted, strict=True)):
             found = _interpret(plan, [None if key is None else next(values) for key in keys], now_us)
             features |= {names[number, name]: (found, place) for place, name in enumerate(plan.selection.features)}
         return OnlineResponse(columns, features)
+
+    def _values(
+        self, plans: Sequence[_Plan], columns: Mapping[str, list[Any]], count: int
+    ) -> tuple[list[list[bytes | None]], Iterator[bytes | None]]:
+        """For each plan the keys that were asked for, and what is stored there, all of the epoch that is served now.
+
+        Which one that is comes with the values; after a full refresh the first read asks twice.
+        """
+        encoded: dict[Any, tuple[list[int | None], list[bytes | None]]] = {}
+        while True:
+            epochs = [plan.epoch for plan in plans]
+            wanted = [_wanted_keys(plan, epoch, columns, count, encoded) for plan, epoch in zip(plans, epochs, strict=True)]
+            flat = [key for keys in wanted for key in keys if key is not None]
+            found = self._fetch([*(plan.epoch_name for plan in plans), *flat])
+            served = [int(epoch or 0) for epoch in found[: len(plans)]]
+            if served == epochs:
+                return wanted, iter(found[len(plans) :])
+            for plan, epoch in zip(plans, served, strict=True):
+                plan.epoch = epoch
 
     def _plan(self, selection: Selection) -> _Plan:
         known = self._plans.get(id(selection))
@@ -295,6 +313,8 @@ class _Plan:
     def __init__(self, selection: Selection) -> None:
         view = selection.view
         self.selection, self.keys, self.prefix = selection, view.keys, key_prefix(view)
+        #: The epoch that was served last, as far as is known, and the key that tells.
+        self.epoch, self.epoch_name = 0, epoch_name(self.prefix)
         self.spine_keys = selection.spine_keys
         #: Views that agree on this have the same key bytes for the same entity rows.
         self.key_identity = (self.spine_keys, tuple(key.type.name for key in view.keys))
@@ -303,13 +323,17 @@ class _Plan:
 
 
 def _wanted_keys(
-    plan: _Plan, columns: Mapping[str, list[Any]], count: int, encoded: dict[Any, tuple[list[int | None], list[bytes | None]]]
+    plan: _Plan,
+    epoch: int,
+    columns: Mapping[str, list[Any]],
+    count: int,
+    encoded: dict[Any, tuple[list[int | None], list[bytes | None]]],
 ) -> list[bytes | None]:
     """The Redis key of each entity row, None where a join key is null. Views with equal keys share the encoded ones."""
     if plan.key_identity not in encoded:
         keys = key_bytes_of_columns([columns[name] for name in plan.spine_keys], count, plan.keys)
         encoded[plan.key_identity] = key_tags(keys), keys
-    return redis_keys(plan.prefix, *encoded[plan.key_identity])
+    return redis_keys(epoch_prefix(plan.prefix, epoch), *encoded[plan.key_identity])
 
 
 def _interpret(plan: _Plan, values: Sequence[bytes | None], now_us: int) -> _Found:

@@ -85,6 +85,10 @@ class OnlineTarget:
         target = cls(url, key_prefix(view), view.features, generation, view.ttl or None, socket_timeout_seconds)
         return replace(target, key_space=codec.key_space(view), max_rows_per_second=max_rows_per_second or None)
 
+    def of_epoch(self, epoch: int) -> OnlineTarget:
+        """The rows of an epoch, where this is the target of epoch 0."""
+        return replace(self, prefix=codec.epoch_prefix(self.prefix, epoch))
+
     def is_erased(self, keys: Sequence[bytes | None]) -> list[bool]:
         """Which entities, by their key bytes, must not be online."""
         return codec.erased_among(keys, self.erased, self.key_space, self.prefix)

@@ -6,6 +6,7 @@ import json
 import math
 import subprocess
 import sys
+import threading
 import time
 from datetime import date, datetime, timedelta, timezone
 from decimal import Decimal as Exact
@@ -16,6 +17,7 @@ import redis
 
 from spark_fs.errors import InvalidError, UnavailableError
 from spark_fs.online import codec
+from spark_fs.online.connect import serve_epoch, served_epoch
 from spark_fs.online.read import NOT_FOUND, NULL_VALUE, OUTSIDE_MAX_AGE, PRESENT, OnlineReader
 from spark_fs.online.redis_store import write_batches
 from spark_fs.spec import Column, ViewSpec, select
@@ -243,3 +245,31 @@ def test_reading_is_light_to_import() -> None:
     assert min(float(run[0]) for run in runs) < 0.3
     assert runs[0][1] == "[]"
     assert runs[0][2] == "[]"
+
+
+def test_a_read_gives_rows_of_one_epoch_however_often_it_changes(url: str) -> None:
+    """In a read of many entities all are old or all are new; a reader that lives sees the change at its next read."""
+    view = view_of()
+    target, keys = target_of(url), [b"%d" % number for number in range(300)]
+    for epoch in (0, 1):
+        write_batches(iter([batch(keys, n=[epoch] * 300)]), target.of_epoch(epoch))
+    rows = {"origin": [key.decode() for key in keys]}
+    ended = threading.Event()
+
+    def switch() -> None:
+        epoch = 0
+        while not ended.is_set():
+            epoch = 1 - epoch
+            serve_epoch(url, target.prefix, epoch)
+
+    with OnlineReader(url) as reader, OnlineReader(url) as watcher:
+        assert set(reader.read([select(view, ["n"])], rows).to_dict()["n"]) == {0}
+        serve_epoch(url, target.prefix, 1)
+        assert set(reader.read([select(view, ["n"])], rows).to_dict()["n"]) == {1}
+        switching = threading.Thread(target=switch)
+        switching.start()
+        seen = [set(watcher.read([select(view, ["n"])], rows).to_dict()["n"]) for _ in range(300)]
+        ended.set()
+        switching.join()
+    assert {frozenset(values) for values in seen} == {frozenset({0}), frozenset({1})}
+    assert served_epoch(url, target.prefix) in (0, 1)

@@ -350,6 +350,20 @@ def test_what_is_published_is_noted_only_in_the_place_of_what_was_seen(registry)
     assert registry.set_published(VIEW, second, first, 2)
 
 
+def test_what_was_published_before_a_refresh_is_kept(registry):
+    """Runs of the new epoch leave it; going back to it keeps what was there."""
+    old, new = Published(7, (TODAY,), "one"), Published(8, (TODAY,), "two", epoch=1)
+    assert registry.previous(VIEW) is None
+    assert registry.set_published(VIEW, None, old, 1)
+    assert registry.previous(VIEW) is None
+    assert registry.set_published(VIEW, old, new, 1)
+    newer = replace(new, table_version=9)
+    assert registry.set_published(VIEW, new, newer, 1)
+    assert (registry.published(VIEW), registry.previous(VIEW)) == (newer, old)
+    assert registry.set_published(VIEW, newer, old, 1)
+    assert (registry.published(VIEW), registry.previous(VIEW)) == (old, newer)
+
+
 def test_an_erased_key_is_noted_for_all_versions_of_its_view(registry):
     """Once, until it is forgotten; other views do not know of it."""
     two = replace(VIEW, version=2)
@@ -432,11 +446,13 @@ def test_a_registry_of_format_1_is_brought_up(registry, url):
 
 
 def test_a_registry_of_format_2_is_brought_up(registry, url):
-    """What was published stays; also where several processes open it at once."""
+    """What was published stays, of epoch 0; also where several processes open it at once."""
     registry.commit(0, add(VIEW), "one")
     assert registry.set_published(VIEW, None, Published(7, (TODAY,), "mark"), 1)
     for table in ("sfs_intents", "sfs_parts", "sfs_leases"):
         run_sql(url, f"DROP TABLE {table}")
+    for column in ("epoch", "previous"):
+        run_sql(url, f"ALTER TABLE sfs_published DROP COLUMN {column}")
     run_sql(url, f"UPDATE sfs_format SET version = 2 WHERE version = {FORMAT}")
     with ThreadPoolExecutor(4) as pool:
         opened = list(pool.map(lambda _: Registry(url, "shop"), range(4)))

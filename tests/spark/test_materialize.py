@@ -655,6 +655,101 @@ def test_data_lost_while_a_run_writes_are_noticed_by_it(
         assert fs.audit()[0].ok
 
 
+# ---- all anew
+
+
+class WatchedRegistry(Registry):
+    """A registry that looks at what readers see just before a run is noted, and may let the run be cut off just after."""
+
+    seen: Any = None
+    look: Callable[[], Any]
+    cut = False
+
+    def set_published(self, view: ViewSpec, before: Published | None, after: Published, generation: int) -> bool:
+        self.seen = self.look()
+        noted = super().set_published(view, before, after, generation)
+        if self.cut:
+            raise InterruptedError("the process has ended here")
+        return noted
+
+
+def planted(fs: FeatureStore, user: int, amount: int) -> None:
+    """A row that stands for nothing at the source, as a foreign program might write it."""
+    view = fs.registry.state().require_view("spend")
+    row = batch([b"%d" % user], END - HOUR, features=view.features, amount=[amount])
+    write_batches(iter([row]), fs._target(view))
+
+
+@pytest.mark.parametrize("is_cut", [False, True])
+def test_a_full_refresh_is_seen_all_at_once_and_can_be_rolled_back(fs: FeatureStore, folder: Path, is_cut: bool) -> None:
+    """Until it is noted readers see the old rows only, then the new ones only; interrupted there, the next run ends it."""
+    put(folder, [(user, START, user) for user in range(200)])
+    fs.materialize_incremental(END)
+    planted(fs, 999, 1)
+    with pytest.raises(InvalidError, match="SFS-618"):
+        fs.roll_back("spend")
+    put(folder, [(user, START, user + 1_000) for user in range(100)])
+    fs.build(start=START, end=END)
+    old, new = [0, 99, 100, 1], [1_000, 1_099, "NOT_FOUND", "NOT_FOUND"]
+    registry = WatchedRegistry(fs.environment.registry_url, fs.project)
+    registry.look, registry.cut = (lambda: online(fs, [0, 99, 100, 999])), is_cut
+    view = fs.registry.state().require_view("spend")
+
+    def refresh() -> MaterializeResult:
+        table, target = fs._offline.table(view), fs._target(view)
+        return materialize_view(registry, table, target, Interval(START, END), full=True)
+
+    if is_cut:
+        with pytest.raises(InterruptedError):
+            refresh()
+        assert online(fs, [0, 99, 100, 999]) == old
+        assert counts(fs.materialize_incremental(END)) == (0, 0, 0, 0, 0)
+    else:
+        result = refresh()
+        assert (result.rows_read, result.applied) == (100, 100)
+    assert registry.seen == old
+    assert online(fs, [0, 99, 100, 999]) == new
+    assert fs.audit()[0].ok
+    assert fs.registry.ledger.unfinished(view) == []
+    assert counts(fs.materialize_incremental(END)) == (0, 0, 0, 0, 0)
+
+    assert fs.roll_back("spend") == {"view": "spend@1", "table_version": 1, "epoch": 0}
+    assert online(fs, [0, 99, 100, 999]) == old
+    fs.roll_back("spend")
+    assert online(fs, [0, 99, 100, 999]) == new
+    fs.roll_back("spend")
+    result = fs.materialize_incremental(END)[0]
+    assert (result.applied, result.withdrawn) == (100, 100)
+    assert online(fs, [0, 99, 100, 999]) == [1_000, 1_099, "NOT_FOUND", 1]
+    assert not fs.audit()[0].ok
+
+
+def test_refreshes_leave_nothing_behind_but_what_can_be_rolled_back_to(fs: FeatureStore, folder: Path) -> None:
+    """Rows of two epochs at most; a new refresh after a stopped one starts anew; erased entities are in neither."""
+    put(folder, [(1, START, 10), (2, START, 20)])
+    fs.materialize_incremental(END)
+    view = fs.registry.state().require_view("spend")
+    cut = CutRegistry(fs.environment.registry_url, fs.project)
+    with pytest.raises(InterruptedError):
+        materialize_view(cut, fs._offline.table(view), fs._target(view), Interval(START, END), full=True)
+    assert fs.registry.epochs(view) == [0, 1]
+    for refresh in range(3):
+        put(folder, [(1, START, 100 + refresh), (2, START, 20)])
+        fs.build(start=START, end=END)
+        fs.materialize(START, END, full=True)
+        assert online(fs, [1, 2]) == [100 + refresh, 20]
+    epochs = fs.registry.epochs(view)
+    assert len(epochs) == 2
+    with redis.Redis.from_url(fs.online_url()) as client:
+        assert len(list(client.scan_iter(key_prefix(view)[:-1] + b"*{*}:[12]"))) == 4
+    fs.erase("spend", {"user_id": [2]})
+    assert online(fs, [1, 2]) == [102, "NOT_FOUND"]
+    fs.roll_back("spend")
+    assert online(fs, [1, 2]) == [101, "NOT_FOUND"]
+    with pytest.raises(InvalidError, match="SFS-619"):
+        fs.materialize(START, END, full=True, restate=True)
+
+
 # ---- what the server has lost, and what it should not have
 
 
