@@ -15,7 +15,11 @@ import click
 import pytest
 from click.testing import CliRunner, Result
 
+from spark_fs import FeatureStore
 from spark_fs.cli import main
+from spark_fs.ledger import Part
+from spark_fs.spec import Column, SourceSpec, ViewSpec
+from spark_fs.types import Int64
 
 SPARK_FS = Path(sys.executable).with_name("spark-fs")
 ADD_VIEW = """
@@ -513,3 +517,28 @@ def test_no_command_that_needs_no_spark_loads_it(project):
     )
     done = subprocess.run([sys.executable, "-c", script, project], capture_output=True, text=True, env=os.environ)
     assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_a_run_is_shown_with_what_it_published_bucket_by_bucket(run, project):
+    """As tables, or as one JSON document; a number that no run has is told."""
+    registry = FeatureStore(project).registry
+    registry.begin_run("abc123", "materialize", "daily_spend@1")
+    view = ViewSpec("shop", "daily_spend", 1, (), (), (Column("n", Int64),), SourceSpec("s", "delta", "ts", path="x"))
+    plan = {"todo": {"version": 7, "fresh": [[0, 3_600_000_000]], "compared": []}, "buckets": 3}
+    intent = registry.ledger.begin(view, "abc123", plan, "mark")
+    registry.ledger.note_parts(intent, [Part("fresh", 2, 1, {"applied": 12_345})])
+    shown = run("runs", "show", "abc123")
+    assert shown.exit_code == 0
+    for text in ("abc123", "running", "daily_spend@1", "1970-01-01T01:00:00", "12,345", "buckets_left"):
+        assert text in shown.stdout
+    told = json.loads(run("runs", "show", "abc123", "--output", "json").stdout)
+    assert (told["state"], told["publications"][0]["table_version"], told["publications"][0]["buckets_left"]) == (
+        "running",
+        7,
+        2,
+    )
+    assert told["publications"][0]["buckets"] == [{"step": "fresh", "bucket": 2, "generation": 1, "applied": 12_345}]
+    assert json.loads(run("runs", "--output", "json").stdout)[0]["run_id"] == "abc123"
+    unknown = run("runs", "show", "nobody")
+    assert unknown.exit_code == 2
+    assert "SFS-303" in unknown.stderr
