@@ -132,16 +132,13 @@ class Registry:
             )
         # Looked for after the format was read: another process may bring the registry up at this moment.
         newer = {table for version, names in tables.NEW_TABLES.items() if version > max(found) for table in names}
-        lost = set(tables.TABLES.tables) - self._tables() - newer
+        with self._transaction() as connection:
+            lost = set(tables.TABLES.tables) - set(sa.inspect(connection).get_table_names()) - newer
         if lost:
             raise tables.damaged(f"It has lost {', '.join(sorted(lost))}.")
         if max(found) < tables.FORMAT:
             with suppress(IntegrityError, ProgrammingError), self._transaction() as connection:  # others may do it too
                 tables.bring_up(connection, max(found))
-
-    def _tables(self) -> set[str]:
-        with self._transaction() as connection:
-            return set(sa.inspect(connection).get_table_names())
 
     def state(self) -> State:
         """The applied definitions, all from one moment."""
