@@ -33,6 +33,7 @@ _folders = itertools.count()
 
 @pytest.fixture
 def setup(tmp_path: Path) -> Iterator[Sentinels]:
+    (tmp_path / "servers").mkdir()
     with sentinels(tmp_path / "servers") as setup:
         yield setup
 
