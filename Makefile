@@ -27,7 +27,7 @@ demo: setup ## Run the worked example on real data, from definitions to online f
 	@$(BIN)/python feature_repo/demo/run.py
 
 test: setup ## Run all tests but those on a cluster, two files at a time; the slowest are listed at the end
-	@$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder --ignore tests/faults tests
+	@$(BIN)/python -m pytest -n 2 --dist loadfile --ignore tests/faults tests
 
 test-faults: setup ## Run the tests on a Spark cluster of real processes, which are killed and frozen
 	@$(BIN)/python -m pytest tests/faults

@@ -178,6 +178,6 @@ def test_whatever_happens_a_run_that_says_ok_leaves_the_newest_rows(
     run_state_machine_as_test(
         lambda: Publishing(tmp_path / f"project{next(_folders)}", spark, setup),
         settings=settings(
-            max_examples=3, stateful_step_count=12, deadline=None, suppress_health_check=list(HealthCheck), database=None
+            max_examples=2, stateful_step_count=12, deadline=None, suppress_health_check=list(HealthCheck), database=None
         ),
     )
