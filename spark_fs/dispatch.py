@@ -138,7 +138,7 @@ def newest_rows(view: ViewSpec, rows: DataFrame) -> DataFrame:
         tasks = min(buckets, max(_LEAST_TASKS, _TASKS_PER_SLOT * rows.sparkSession.sparkContext.defaultParallelism))
         rows, by, bucket = rows.repartition(tasks, "_bucket"), [F.col("_bucket"), *by], ["_bucket"]
     newest = rows.withColumn("_rank", _rank(by)).where(F.col("_rank") == 1)
-    return newest.select(*_online_columns(view), *bucket)
+    return newest.select(*online_columns(view), *bucket)
 
 
 def rows_left(view: ViewSpec, rows: DataFrame, lost: DataFrame) -> DataFrame:
@@ -157,7 +157,7 @@ def rows_left(view: ViewSpec, rows: DataFrame, lost: DataFrame) -> DataFrame:
     newest = joined.withColumn("_rank", _rank(keys)).where(F.col("_rank") == 1)
     is_older = F.when(at < F.col("_lost_at"), "older").otherwise("newer")
     left = F.when(F.col("event_timestamp").isNull(), "none").otherwise(is_older).alias("_left")
-    return newest.select(*_online_columns(view), left, "_lost")
+    return newest.select(*online_columns(view), left, "_lost")
 
 
 def _rank(keys: Sequence[SparkColumn]) -> SparkColumn:
@@ -166,6 +166,7 @@ def _rank(keys: Sequence[SparkColumn]) -> SparkColumn:
     return F.row_number().over(Window.partitionBy(*keys).orderBy(*newest_first))
 
 
-def _online_columns(view: ViewSpec) -> list[SparkColumn]:
+def online_columns(view: ViewSpec) -> list[SparkColumn]:
+    """What is written online of a feature row: ``_key`` (key bytes), event_timestamp, created_timestamp, _build, features."""
     names = ("event_timestamp", "created_timestamp", "_build")
     return [key_bytes(view.keys).alias("_key"), *map(F.col, names), *(quoted(name) for name in view.feature_names)]

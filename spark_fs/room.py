@@ -4,15 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from datetime import datetime, timedelta
-from functools import reduce
-from operator import or_
 from typing import TYPE_CHECKING
 
 from pyspark.sql import DataFrame
 from pyspark.sql import functions as F
 
+from spark_fs.dispatch import online_columns, within_any
 from spark_fs.intervals import BEGINNING, UTC, Interval, intersect
-from spark_fs.offline.compute import key_bytes, quoted, within
+from spark_fs.offline.compute import key_bytes
 from spark_fs.offline.layout import read_layout
 from spark_fs.offline.tables import FeatureTable
 from spark_fs.online import executor
@@ -48,7 +47,7 @@ def check_room(table: FeatureTable, version: int, intervals: Sequence[Interval],
             return
 
         def rows() -> DataFrame:
-            return table.read(version).where(reduce(or_, map(within, alive)))
+            return table.read(version).where(within_any(alive))
 
         most, sample = _from_files(table, version, alive, target) or _from_spark(table.view, rows())
         if sample is not None:
@@ -80,8 +79,7 @@ def _from_files(
 
 def _from_spark(view: ViewSpec, rows: DataFrame) -> tuple[int, pa.RecordBatch | None]:
     """How many rows there are, and some of them. Runs two Spark jobs."""
-    keyed = [key_bytes(view.keys).alias("_key"), *map(F.col, ("event_timestamp", "created_timestamp", "_build"))]
-    some = rows.select(*keyed, *(quoted(name) for name in view.feature_names)).limit(SAMPLE_ROWS).toArrow()
+    some = rows.select(*online_columns(view)).limit(SAMPLE_ROWS).toArrow()
     return rows.count(), next(iter(some.combine_chunks().to_batches()), None)
 
 

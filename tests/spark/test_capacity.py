@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
-from datetime import datetime, timedelta, timezone
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 import redis
 from pyspark.sql import SparkSession
@@ -23,25 +21,8 @@ from spark_fs.materialize import materialize_view
 from spark_fs.offline.tables import FeatureTable
 from spark_fs.online.redis_store import OnlineTarget
 from tests.online.servers import redis_process
-from tests.project import open_project, write
-
-UTC = timezone.utc
-HOUR, DAY = timedelta(hours=1), timedelta(days=1)
-END = datetime.now(UTC).replace(minute=0, second=0, microsecond=0)
-START = END - 30 * DAY
-SPEND = """
-    user = Entity("user", [Field("user_id", Int64)])
-    payments = FileSource("payments", path="data/payments", timestamp_field="at")
-    spend = FeatureView("spend", user, [Field("amount", Int64)], payments)
-"""
-AMOUNTS = pa.schema([("user_id", pa.int64()), ("at", pa.timestamp("us", tz="UTC")), ("amount", pa.int64())])
-
-
-def put(folder: Path, rows: Sequence[tuple[Any, ...]]) -> None:
-    """Make ``rows`` all that the source holds."""
-    write(folder / "data" / "payments" / "_SUCCESS", "")
-    columns = [pa.array(values, field.type) for values, field in zip(zip(*rows, strict=True), AMOUNTS, strict=True)]
-    pq.write_table(pa.table(columns, schema=AMOUNTS), folder / "data" / "payments" / "part.parquet")
+from tests.project import open_project
+from tests.spark.test_materialize import DAY, END, SPEND, START, put
 
 
 @pytest.fixture
