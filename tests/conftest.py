@@ -25,6 +25,7 @@ ROOT = Path(__file__).parents[1]
 settings.register_profile("suite", deadline=None)
 settings.load_profile("suite")
 
+_JVM = "-XX:TieredStopAtLevel=1 -XX:ReservedCodeCacheSize=256m -XX:+UseSerialGC"
 #: What only tests need: the driver to read PostgreSQL as a user's source.
 _JDBC = [
     Jar(
@@ -69,8 +70,9 @@ def spark(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SparkSession]:
         # Tables, shuffle files and Derby stay in the scratch folder: nothing is left in the tree.
         .config("spark.sql.warehouse.dir", str(scratch / "warehouse"))
         .config("spark.local.dir", str(scratch / "local"))
-        # Many short plans: optimising compilation would take more time than it saves (half the run on two cores).
-        .config("spark.driver.extraJavaOptions", f"-XX:TieredStopAtLevel=1 -Dderby.system.home={scratch}")
+        # Many short plans: optimising compilation would take more time than it saves (half the run on two cores), and without
+        # it the JVM keeps too little room for compiled code, which it would throw away and make again.
+        .config("spark.driver.extraJavaOptions", f"{_JVM} -Dderby.system.home={scratch}")
         # Not UTC on purpose: results must not depend on the session, and UTC would hide where they do.
         .config("spark.sql.session.timeZone", "America/New_York")
         .config("spark.sql.parquet.outputTimestampType", "TIMESTAMP_MICROS")  # INT96 has no statistics to prune by

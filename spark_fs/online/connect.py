@@ -271,18 +271,24 @@ def _check_mode(wanted: str, found: str) -> None:
 
 def erase_keys(url: str, names: Sequence[bytes], *, socket_timeout_seconds: float = 10.0) -> None:
     """Put a tombstone that no writer can replace in the place of each of these Redis keys; safe to repeat."""
-    with redis_errors(), open_client(url, socket_timeout_seconds=socket_timeout_seconds) as client:
+
+    def erase(client: Client) -> None:
         for name in names:
             client.set(name, codec.tombstone(codec.ERASED), px=codec.GRAVE)
+
+    _patiently(url, erase, socket_timeout_seconds)
 
 
 def reopen_keys(url: str, names: Sequence[bytes], *, socket_timeout_seconds: float = 10.0) -> None:
     """Take away the tombstones that ``erase_keys`` has set, so that the keys can be written again."""
-    with redis_errors(), open_client(url, socket_timeout_seconds=socket_timeout_seconds) as client:
+
+    def reopen(client: Client) -> None:
         for name in names:
             # Nothing else can have come in their place, so that looking first is no race.
             if client.get(name) == codec.tombstone(codec.ERASED):
                 client.delete(name)
+
+    _patiently(url, reopen, socket_timeout_seconds)
 
 
 #: So many tokens of published claims a server keeps for each view; the last few are asked for.

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import uuid
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
+from spark_fs.errors import ConflictError
 from spark_fs.online.codec import epoch_prefix, first_key_digest, key_digest, key_prefix, key_space, redis_key
-from spark_fs.online.connect import erase_keys, reopen_keys
+from spark_fs.online.connect import erase_keys, leave_token, reopen_keys
 from spark_fs.online.read import entity_keys
 from spark_fs.registry import Registry, State
 from spark_fs.spec import ViewSpec
+
+#: How often a mark is left anew because a run has noted something meanwhile.
+_ATTEMPTS = 10
 
 
 def versions_alike(state: State, name: str, version: int | None) -> list[ViewSpec]:
@@ -35,9 +41,10 @@ def erase_entities(
 ) -> dict[str, Any]:
     """Erase entities from these versions of a view, which have the same join keys, or with ``undo`` allow them again.
 
-    Safe to repeat.
+    Safe to repeat. A mark is left as a run leaves it, so that the next run notices a server that has lost the erasure.
 
-    Gives the view's name and the numbers of entities and of online keys. See ``FeatureStore.erase``.
+    Gives the view's name and the numbers of entities and of online keys. See ``FeatureStore.erase``. Raises ConflictError
+    SFS-615 where runs publish a view again and again meanwhile: all is erased then, but without a mark.
     """
     keys = set(entity_keys(versions[0], entity_rows))
     space = key_space(versions[0])
@@ -52,4 +59,25 @@ def erase_entities(
     else:
         registry.erase(versions[0], digests)
         erase_keys(url, names, socket_timeout_seconds=socket_timeout_seconds)
+    for view in versions:
+        _leave_mark(registry, view, url, socket_timeout_seconds)
     return {"view": versions[0].name, "entities": len(digests), "online_keys": len(names)}
+
+
+def _leave_mark(registry: Registry, view: ViewSpec, url: str, socket_timeout_seconds: float) -> None:
+    """Let the next run of a view look for a mark that was left after its keys were erased."""
+    for _ in range(_ATTEMPTS):
+        known = registry.published(view)
+        if known is None:  # nothing is served: the first run that notes something leaves a mark of its own
+            return
+        marked = replace(known, token=uuid.uuid4().hex[:12])
+        prefix = epoch_prefix(key_prefix(view), known.epoch)
+        leave_token(url, prefix, marked.token, socket_timeout_seconds=socket_timeout_seconds)
+        if registry.set_published(view, known, marked, registry.generation(view)):
+            return
+    raise ConflictError.of(
+        "SFS-615",
+        f"Runs have published '{view.reference}' again and again while entities were erased from it.",
+        why="They are erased, but a server that loses this would not be noticed.",
+        fix="run the same command again",
+    )

@@ -9,9 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import redis
 from pyspark.sql import SparkSession
 
 from spark_fs import materialize
+from spark_fs.errors import SparkFSError
 from tests.online.servers import free_port, redis_process
 from tests.online.topologies import Node, Sentinels, cluster, sentinels
 from tests.spark.test_materialize import END, START, against, counts, online, put
@@ -42,6 +44,28 @@ def test_a_server_that_loses_rows_during_a_run_makes_it_begin_anew(
         assert counts(fs.materialize_incremental(END)) == (200, 200, 0, 0, 0)
         assert marks == 4
         assert online(fs, [0, 99]) == [0, 99]
+        assert fs.audit()[0].ok
+        assert counts(fs.materialize_incremental(END)) == (0, 0, 0, 0, 0)
+
+
+def test_an_erasure_that_a_server_loses_is_noticed_and_made_again(tmp_path: Path, spark: SparkSession) -> None:
+    """Back with the data of before, as after a failover that loses it: the next run says so, and a repair removes it."""
+    port = free_port()
+    fs = against(tmp_path, spark, f"redis://127.0.0.1:{port}/0")
+    put(tmp_path, [(user, START, user) for user in range(3)])
+    with redis_process(tmp_path, port=port) as url, redis.Redis.from_url(url) as client:
+        fs.materialize_incremental(END)
+        client.save()
+        assert fs.erase("spend", {"user_id": [1]})["online_keys"] == 1
+        assert online(fs, [0, 1]) == [0, "NOT_FOUND"]
+        assert counts(fs.materialize_incremental(END)) == (0, 0, 0, 0, 0)
+    with redis_process(tmp_path, port=port):
+        assert online(fs, [0, 1]) == [0, 1]
+        with pytest.raises(SparkFSError, match="SFS-616"):
+            fs.materialize_incremental(END)
+        assert fs.audit()[0].extra == 1
+        assert fs.repair()[0].withdrawn == 1
+        assert online(fs, [0, 1]) == [0, "NOT_FOUND"]
         assert fs.audit()[0].ok
         assert counts(fs.materialize_incremental(END)) == (0, 0, 0, 0, 0)
 
