@@ -8,27 +8,30 @@ from spark_fs import FeatureStore, console
 from spark_fs.errors import ExitCode
 from spark_fs.submit import job_arguments
 
+NAMES = ("name", "entities", "description", "strategy", "split", "stratify", "seed", "gap-days")
+FLAGS, MANY = ("full-feature-names", "known-at", "explain", "strict"), ("feature", "service", "split-by", "label", "tag")
+
 
 def main(arguments: list[str]) -> int:
     """Run the job; the exit code of the command."""
-    names, flags = ("name", "entities", "description", "strategy"), ("full-feature-names", "known-at", "explain")
-    options = job_arguments(__doc__, arguments, names=names, many=("feature", "service"), flags=flags)
+    options = job_arguments(__doc__, arguments, names=NAMES, many=MANY, flags=FLAGS)
 
     def act() -> ExitCode:
-        store = FeatureStore(options.repo, options.env)
+        from spark_fs.datasets.saving import parse_wish
+
+        wish, store = parse_wish(options), FeatureStore(options.repo, options.env)
         with console.progress(store.spark):
             job = store.get_historical_features(
                 options.entities, options.service[0] if options.service else options.feature,
-                full_feature_names=options.full_feature_names, known_at=options.known_at,
-                strategy=options.strategy or "auto",
+                full_feature_names=options.full_feature_names, known_at=options.known_at, strategy=options.strategy or "auto",
             )  # fmt: skip
             console.say(job.explain())
             if options.explain:
                 return ExitCode.OK
-            dataset = job.save(options.name, description=options.description or "")
+            dataset = job.save_as(wish)
             examples = [row.asDict() for row in dataset.to_spark_df().limit(3).collect()]
-        console.show_manifest(dataset.manifest, options.output, examples)
-        return ExitCode.OK
+        console.show_manifest(dataset.manifest.to_json(), options.output, examples)
+        return ExitCode.QUALITY_GATE if options.strict and dataset.manifest.report["warnings"] else ExitCode.OK
 
     return console.run(act, debug=options.debug)
 

@@ -1,4 +1,4 @@
-"""Job: are the rows of a saved dataset still those that its manifest signs? (``spark-fs dataset verify``)."""
+"""Job: is a saved dataset what its manifest signs, and does the join give it again? (``spark-fs dataset verify``)."""
 
 from __future__ import annotations
 
@@ -10,15 +10,17 @@ from spark_fs.submit import job_arguments
 
 
 def main(arguments: list[str]) -> int:
-    """Run the job: exit code 0 if rows and checksum are as in the manifest, else 4."""
-    options = job_arguments(__doc__, arguments, names=("name", "version"))
+    """Run the job: exit code 4 if the rows are others, or with --strict if they could not be joined again; else 0."""
+    options = job_arguments(__doc__, arguments, names=("name", "version"), flags=("stored-only", "strict"))
 
     def act() -> ExitCode:
         store = FeatureStore(options.repo, options.env)
+        version = int(options.version) if options.version else None
         with console.progress(store.spark):
-            verdict = store.get_dataset(options.name, int(options.version) if options.version else None).verify()
-        console.show([verdict], options.output)
-        return ExitCode.OK if verdict["identical"] else ExitCode.QUALITY_GATE
+            verdict = store.datasets.verify(options.name, version, recompute=not options.stored_only)
+        console.show_verdict(verdict.to_json(), options.output)
+        passed = verdict.identical if options.strict else verdict.ok
+        return ExitCode.OK if passed else ExitCode.QUALITY_GATE
 
     return console.run(act, debug=options.debug)
 

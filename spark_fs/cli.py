@@ -244,12 +244,26 @@ def dataset() -> None:
 @click.option("--strategy", type=click.Choice(("auto", "window", "colocated")), default="auto", show_default=True,
               help="How feature rows are found; the result is the same.")  # fmt: skip
 @click.option("--explain", is_flag=True, help="Only print how the join would run.")
+@click.option("--split", help="time=2013-07-01,2013-10-01, random=0.8,0.1,0.1 or kfold=5: adds the column split.")
+@click.option(
+    "--split-by", multiple=True, metavar="COLUMN", help="All rows with one value are of one part. Default: join keys."
+)
+@click.option("--seed", type=int, default=0, help="Of a random split or folds.")
+@click.option("--gap-days", type=float, default=0.0, help="Leave out so many days before each cut-off of a split by time.")
+@click.option("--stratify", metavar="COLUMN", help="Cut each of this column's values in the shares of a random split.")
+@click.option("--label", "labels", multiple=True, help="A column to be predicted; features that tell it are reported.")
 @click.option("--description", default="", help="What the dataset is for.")
+@click.option("--tag", "tags", multiple=True, metavar="KEY=VALUE", help="A tag; may be repeated.")
+@click.option(
+    "--strict", is_flag=True, help="Exit code 4 where the report warns of something; the dataset is saved all the same."
+)
 @submitted
 @click.pass_context
 def dataset_create(
     context: click.Context, name: str, entities: str, features: tuple[str, ...], full_feature_names: bool, known_at: bool,
-    strategy: str, explain: bool, description: str, output: str, print_only: bool,
+    strategy: str, explain: bool, split: str | None, split_by: tuple[str, ...], seed: int, gap_days: float,
+    stratify: str | None, labels: tuple[str, ...], description: str, tags: tuple[str, ...], strict: bool,
+    output: str, print_only: bool,
 ) -> None:  # fmt: skip
     r"""Join features to entities as of each row's event_timestamp, and save the next version of dataset NAME.
 
@@ -257,11 +271,19 @@ def dataset_create(
     Examples:
       spark-fs dataset create delays --entities spine.parquet --features departure_delay_v1
       spark-fs dataset create delays --entities "SELECT …" --features weather:wind_mph --features plane_facts:seats
+      spark-fs dataset create delays --entities spine.parquet --features departure_delay_v1 --split time=2013-10-01 --gap-days 1
     """
     kind = "service" if len(features) == 1 and ":" not in features[0] else "feature"
     arguments = ["--name", name, "--entities", entities, "--description", description, "--strategy", strategy]
-    arguments += repeated(kind, features)
-    flags = {"full-feature-names": full_feature_names, "known-at": known_at, "explain": explain}
+    arguments += [
+        *repeated(kind, features),
+        *repeated("split-by", split_by),
+        *repeated("label", labels),
+        *repeated("tag", tags),
+    ]
+    given = {"split": split, "stratify": stratify, "seed": seed or None, "gap-days": gap_days or None}
+    arguments += [text for name, value in given.items() if value is not None for text in (f"--{name}", str(value))]
+    flags = {"full-feature-names": full_feature_names, "known-at": known_at, "explain": explain, "strict": strict}
     arguments += [f"--{flag}" for flag, given in flags.items() if given]
     submit_job(context, "dataset_create", arguments, output, print_only=print_only)
 
@@ -301,15 +323,23 @@ def dataset_show(context: click.Context, name: str, version: int | None, output:
 @dataset.command("verify")
 @click.argument("name")
 @click.option("--version", type=int, help="Default: the newest.")
+@click.option("--stored-only", is_flag=True, help="Only compare the stored rows with the manifest; do not join again.")
+@click.option("--strict", is_flag=True, help="Exit code 4 also where the dataset cannot be joined again.")
 @submitted
 @click.pass_context
-def dataset_verify(context: click.Context, name: str, version: int | None, output: str, print_only: bool) -> None:
-    r"""Check that a dataset's stored rows are still those its manifest signs; exit code 4 if not.
+def dataset_verify(
+    context: click.Context, name: str, version: int | None, stored_only: bool, strict: bool, output: str, print_only: bool
+) -> None:
+    r"""Check that a dataset is what its manifest signs, and comes out the same when joined again; exit code 4 if not.
+
+    The join is from the versions of the feature tables that the manifest names. Where they are gone, it says so.
 
     \b
-    Example:  spark-fs dataset verify delays --version 3
+    Examples:  spark-fs dataset verify delays --version 3
+               spark-fs dataset verify delays --stored-only
     """
     arguments = ["--name", name, *repeated("version", [str(version)] if version else [])]
+    arguments += [f"--{flag}" for flag, given in {"stored-only": stored_only, "strict": strict}.items() if given]
     submit_job(context, "dataset_verify", arguments, output, print_only=print_only)
 
 

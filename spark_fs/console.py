@@ -61,18 +61,36 @@ def show_manifest(manifest: Mapping[str, Any], output: str, examples: Sequence[M
         print(json.dumps(manifest, indent=2, ensure_ascii=False))  # noqa: T201  # results go to stdout
         return
     summary = {name: manifest[name] for name in ("name", "version", "rows", "checksum", "path", "delta_version")}
+    if split := manifest["split"]:
+        summary |= {f"rows of {part}": rows for part, rows in split["rows"].items()}
     show([{"dataset": name, "value": str(value)} for name, value in summary.items()], output)
     rows = max(manifest["rows"], 1)
     columns = [
         {
             "column": column["name"],
             "type": column["type"],
+            "role": column["role"],
             "nulls": f"{column['nulls'] / rows:.1%}",
             **{f"row {n}": str(row[column["name"]]) for n, row in enumerate(examples, 1)},
         }
         for column in manifest["columns"]
     ]
     show(columns, output)
+    for warning in manifest["report"]["warnings"]:
+        say(f"Warning: {warning}")
+
+
+def show_verdict(verdict: Mapping[str, Any], output: str) -> None:
+    """Print what was found of a dataset: as JSON, or what was compared, then what stands in the way of joining it again."""
+    if output == "json":
+        print(json.dumps(verdict, indent=2, ensure_ascii=False))  # noqa: T201  # results go to stdout
+        return
+    listed = ("obstacles", "notes")
+    show([{"dataset": name, "value": str(value)} for name, value in verdict.items() if name not in listed], output)
+    for obstacle in verdict["obstacles"]:
+        say(f"Not joined again: {obstacle}.")
+    for note in verdict["notes"]:
+        say(f"Note: {note}.")
 
 
 def say(text: str) -> None:

@@ -47,6 +47,15 @@ def write_text(path: str, content: str) -> None:
     system.move(partial, inner)
 
 
+def is_empty_folder(path: str) -> bool:
+    """Whether nothing lies at this path, or an empty folder."""
+    system, inner = _file_system(path)
+    found = system.get_file_info(inner).type
+    if found == fs.FileType.Directory:
+        return not system.get_file_info(fs.FileSelector(inner))
+    return bool(found == fs.FileType.NotFound)
+
+
 def delete_folder(path: str) -> bool:
     """Delete the folder; False if there is none."""
     system, inner = _file_system(path)

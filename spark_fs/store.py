@@ -27,9 +27,12 @@ if TYPE_CHECKING:
 
     from spark_fs.audit import AuditResult
     from spark_fs.build import BuildResult, OptimizeResult
+    from spark_fs.datasets.catalog import Datasets
+    from spark_fs.datasets.dataset import Dataset
+    from spark_fs.datasets.origins import OfflineStore
+    from spark_fs.datasets.retrieval import RetrievalJob
     from spark_fs.definitions import FeatureService
     from spark_fs.materialize import MaterializeResult
-    from spark_fs.offline.datasets import Dataset, OfflineStore, RetrievalJob
     from spark_fs.online.read import OnlineReader, OnlineResponse
     from spark_fs.online.redis_store import OnlineTarget
 
@@ -161,7 +164,7 @@ class FeatureStore:
         only from its created time on. ``strategy``: ``auto`` reads feature tables where they lie and joins other rows by one
         window; ``window`` or ``colocated`` asks for one of the two. The result is the same.
         """
-        from spark_fs.offline.datasets import RetrievalJob
+        from spark_fs.datasets.retrieval import RetrievalJob
         from spark_fs.offline.spines import read_spine
 
         selections = self.resolve_features(features)
@@ -172,13 +175,17 @@ class FeatureStore:
         )  # fmt: skip
 
     def get_dataset(self, name: str, version: int | None = None) -> Dataset:
-        """A saved training dataset (default: its newest version)."""
+        """A saved training dataset (default: its newest version); reading it needs no Spark. SFS-303 where there is none."""
+        return self.datasets.get(name, version)
+
+    @property
+    def datasets(self) -> Datasets:
+        """The saved training datasets: listed, verified, compared, deleted."""
         from pyspark.sql import SparkSession
 
-        from spark_fs.offline.datasets import Dataset
+        from spark_fs.datasets.catalog import Datasets
 
-        manifest = self.registry.require_dataset(name, version)
-        return Dataset(manifest, self._given_spark or SparkSession.getActiveSession())
+        return Datasets(self.registry, lambda: self._offline, self._given_spark or SparkSession.getActiveSession())
 
     # Online.
 
@@ -345,7 +352,7 @@ class FeatureStore:
 
     @cached_property
     def _offline(self) -> OfflineStore:
-        from spark_fs.offline.datasets import OfflineStore
+        from spark_fs.datasets.origins import OfflineStore
 
         environment = self.environment
         return OfflineStore(self.spark, self.registry, environment.offline_root, self._transform, environment.resolve)

@@ -37,7 +37,8 @@ print(by_weather.collect())
 
 # %% [markdown]
 # ## A split by time
-# Never at random: a model is used on flights that come after those it has seen.
+# Never at random: a model is used on flights that come after those it has seen. `dataset create --split time=2013-10-01` would
+# have saved it as a column.
 
 # %%
 split = datetime(2013, 10, 1, tzinfo=timezone.utc)

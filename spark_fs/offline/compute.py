@@ -79,7 +79,7 @@ def bucket_of(keys: Sequence[Column], buckets: int) -> SparkColumn:
 
 def key_residue(keys: Sequence[tuple[SparkColumn, str]], modulus: int) -> SparkColumn:
     """What ``bucket_of`` gives, for keys as columns with their Spark types; null where any key is null."""
-    return F.pmod(F.crc32(_joined_bytes([_key_text(column, type_) for column, type_ in keys])), F.lit(modulus)).cast("int")
+    return F.pmod(F.crc32(joined_bytes([key_text(column, type_) for column, type_ in keys])), F.lit(modulus)).cast("int")
 
 
 def row_hash(value_columns: Sequence[str]) -> SparkColumn:
@@ -94,10 +94,11 @@ def key_bytes(keys: Sequence[Column]) -> SparkColumn:
 
     Null where any key is null. ``online.codec.key_bytes`` gives the same bytes for the same Python values.
     """
-    return _joined_bytes([_key_text(quoted(key.name), key.type.spark) for key in keys])
+    return joined_bytes([key_text(quoted(key.name), key.type.spark) for key in keys])
 
 
-def _joined_bytes(texts: Sequence[SparkColumn]) -> SparkColumn:
+def joined_bytes(texts: Sequence[SparkColumn]) -> SparkColumn:
+    """The bytes of several key columns as one, told apart by their lengths; null where one of them is."""
     if not texts:
         return F.lit(b"")
     if len(texts) == 1:
@@ -106,7 +107,8 @@ def _joined_bytes(texts: Sequence[SparkColumn]) -> SparkColumn:
     return F.concat(*(F.concat(length, F.lit(b":"), text) for length, text in zip(lengths, texts, strict=True)))
 
 
-def _key_text(column: SparkColumn, spark_type: str) -> SparkColumn:
+def key_text(column: SparkColumn, spark_type: str) -> SparkColumn:
+    """One key column as bytes: its text, times as microseconds and dates as days since 1970; null where it is."""
     if spark_type == "binary":
         return column
     if spark_type == "timestamp":

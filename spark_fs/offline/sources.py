@@ -22,18 +22,20 @@ _NO_SESSION_ZONE = {
     "xml": {"timeZone": "UTC"},
     "jdbc": {"preferTimestampNTZ": "true"},
 }
+#: How the state of a Delta source begins.
+_DELTA_STATE = "Delta version "
 #: The size in bytes that Spark gives to what it knows nothing of.
 _SIZE_UNKNOWN = 2**63 - 1
 
 
-def read_source(spark: SparkSession, source: SourceSpec, location: str | None = None) -> DataFrame:
-    """The source's rows, unfiltered; for Delta pinned to its newest version. ``location``: its path, made absolute.
+def read_source(spark: SparkSession, source: SourceSpec, location: str | None = None, version: int | None = None) -> DataFrame:
+    """The source's rows, unfiltered; for Delta pinned to a version (default: its newest). ``location``: its absolute path.
 
     ``${VARIABLE}`` in options is taken from this process's environment; SFS-204 if it is not set. A source that cannot be
     read is InvalidError SFS-401.
     """
     with _naming(source):
-        return _read(spark, source, location)
+        return _read(spark, source, location, version)
 
 
 @contextmanager
@@ -67,15 +69,16 @@ def _why(error: BaseException) -> str:
     return without_secrets(" ".join(dict.fromkeys(lines)))
 
 
-def _read(spark: SparkSession, source: SourceSpec, location: str | None) -> DataFrame:
+def _read(spark: SparkSession, source: SourceSpec, location: str | None, version: int | None) -> DataFrame:
     path = location or source.path
     options = _resolved(source)
     if source.kind == "delta":
         if source.table:
-            version = version_of(DeltaTable.forName(spark, source.table).history(1))
-            return spark.read.option("versionAsOf", version).table(source.table)
+            at = version_of(DeltaTable.forName(spark, source.table).history(1)) if version is None else version
+            return spark.read.option("versionAsOf", at).table(source.table)
         assert path is not None
-        return spark.read.format("delta").option("versionAsOf", table_version(spark, path)).load(path)
+        at = table_version(spark, path) if version is None else version
+        return spark.read.format("delta").option("versionAsOf", at).load(path)
     if source.kind == "file":
         schema = options.pop("schema", None)
         reader = spark.read.format(source.format or "parquet").options(**options)
@@ -108,11 +111,17 @@ def source_state(spark: SparkSession, source: SourceSpec, location: str | None =
 
 
 def _state(spark: SparkSession, source: SourceSpec, path: str | None) -> str | None:
-    if source.kind == "delta" and path is not None:
-        return f"Delta version {table_version(spark, path)}"
+    if source.kind == "delta":
+        named = DeltaTable.forName(spark, source.table) if source.table else DeltaTable.forPath(spark, str(path))
+        return f"{_DELTA_STATE}{version_of(named.history(1))}"
     if source.kind != "file" or path is None:
         return None
     return listing_digest(path)
+
+
+def version_in_state(state: str | None) -> int | None:
+    """The version of a Delta source that a text of ``source_state`` names; None where it names none."""
+    return int(state.removeprefix(_DELTA_STATE)) if state and state.startswith(_DELTA_STATE) else None
 
 
 def table_version(spark: SparkSession, path: str) -> int:

@@ -22,22 +22,16 @@ from spark_fs.intervals import BEGINNING, Interval, text
 from spark_fs.offline.bucket_files import SUMMARY, BucketWriter
 from spark_fs.offline.compute import bucket_of, quoted, row_hash, settle, within
 from spark_fs.offline.layout import DataFile, Layout, read_history, read_layout
-from spark_fs.offline.sources import table_version, version_of
+from spark_fs.offline.sources import table_version
 from spark_fs.offline.table_log import Commit, Rewrite, parse_commit
 from spark_fs.offline.transaction import Transaction
 from spark_fs.spec import ViewSpec
 
 #: Properties of every table of ours: any Delta reader can open it (no deletion vectors, no column mapping).
-_PROPERTIES = {
+PLAIN_PROPERTIES = {
     "delta.enableDeletionVectors": "false",
     "delta.columnMapping.mode": "none",
     "delta.checkpointPolicy": "classic",
-}
-
-#: Properties of dataset tables: their old versions are to be read for years, not for Delta's 7 and 30 days.
-_KEEP_VERSIONS = {
-    "delta.logRetentionDuration": "interval 3650 days",
-    "delta.deletedFileRetentionDuration": "interval 3650 days",
 }
 #: Spark's names of compression, and Parquet's in Arrow; any other becomes snappy.
 _ARROW_CODECS = {name: name for name in ("snappy", "zstd", "gzip", "brotli")} | {
@@ -92,7 +86,7 @@ class FeatureTable:
         builder = DeltaTable.createIfNotExists(self.spark).location(self.path).partitionedBy("_bucket")
         builder = builder.addColumns(self._schema(buckets))
         # Statistics on keys and times only: they prune files, those of hundreds of features would only cost.
-        properties = {**_PROPERTIES, "delta.dataSkippingStatsColumns": ",".join(self._indexed)}
+        properties = {**PLAIN_PROPERTIES, "delta.dataSkippingStatsColumns": ",".join(self._indexed)}
         for name, value in {**properties, "spark_fs.view": self.view.reference}.items():
             builder = builder.property(name, value)
         builder.execute()
@@ -151,11 +145,9 @@ class FeatureTable:
 
     def read(self, version: int | None = None) -> DataFrame:
         """The table's rows at a version (default: the newest), however old; see ``is_version_gone``."""
-        reader = self.spark.read.format("delta")
         if version is None:
-            return reader.load(self.path)
-        with _any_version(self.spark):
-            return reader.option("versionAsOf", version).load(self.path)
+            return self.spark.read.format("delta").load(self.path)
+        return read_version(self.spark, self.path, version)
 
     def replace(self, rows: DataFrame, interval: Interval, build: int) -> Replaced:
         """Put ``rows`` in the place of all rows of the interval, in one commit.
@@ -383,27 +375,7 @@ def observed(counts: Observation, frame: DataFrame, columns: Sequence[Column]) -
         return row.asDict()
 
 
-def write_dataset(rows: DataFrame, path: str, note: Mapping[str, Any], transaction: str) -> int:
-    """Write a training dataset as the next Delta version of the table at ``path`` and return that version.
-
-    ``note`` must be unlike that of any other write.
-    """
-    metadata = json.dumps(dict(note))
-    (
-        rows.write.format("delta")
-        .mode("overwrite")
-        .option("overwriteSchema", "true")
-        .option("txnAppId", transaction)
-        .option("txnVersion", 1)
-        .option("userMetadata", metadata)
-        .options(**_PROPERTIES, **_KEEP_VERSIONS)
-        .save(path)
-    )
-    # Not simply the newest: another save may have come in between.
-    history = DeltaTable.forPath(rows.sparkSession, path).history()
-    return version_of(history.where(F.col("userMetadata") == metadata))
-
-
-def read_dataset(spark: SparkSession, path: str, version: int) -> DataFrame:
-    """The rows of a training dataset at a Delta version."""
-    return spark.read.format("delta").option("versionAsOf", version).load(path)
+def read_version(spark: SparkSession, path: str, version: int) -> DataFrame:
+    """The rows of the Delta table at ``path`` at a version, however old; see ``is_version_gone``."""
+    with _any_version(spark):
+        return spark.read.format("delta").option("versionAsOf", version).load(path)

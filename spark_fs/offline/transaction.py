@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, cast
 
 from pyspark.sql import DataFrame, Row, SparkSession
+from pyspark.sql.types import ArrayType, DataType, MapType, StructField, StructType
 
 
 class Transaction:
@@ -27,7 +28,7 @@ class Transaction:
         self._path = path
         self._snapshot = log.getSnapshotAt(version, self._none, self._none, False)
         self._transaction = log.startTransaction(self._none, self._some(self._snapshot))
-        self._actions = self._jvm.java.util.ArrayList()
+        self._actions, self._written = self._jvm.java.util.ArrayList(), self._jvm.java.util.ArrayList()
 
     def _some(self, value: Any) -> Any:
         return self._jvm.scala.Option.apply(value)
@@ -42,16 +43,43 @@ class Transaction:
         self._transaction.updateMetadata(self._delta.actions.Action.fromJson(json.dumps(metadata)), False)
         self._transaction.readWholeTable()
 
-    def write(self, rows: DataFrame) -> None:
-        """Write data files, one for each partition of the frame and bucket. Runs the frame's job."""
+    def set_schema(self, schema: StructType) -> None:
+        """Give the table these columns in the place of those that it has."""
+        metadata = json.loads(self._snapshot.metadata().json())
+        if metadata["metaData"]["schemaString"] != schema.json():
+            metadata["metaData"]["schemaString"] = schema.json()
+            self._transaction.updateMetadata(self._delta.actions.Action.fromJson(json.dumps(metadata)), False)
+
+    def write(self, rows: DataFrame, *, data_change: bool = False) -> None:
+        """Write data files, one for each partition of the frame and bucket. Runs the frame's job.
+
+        Without ``data_change`` they hold rows that the table has already.
+        """
         # Whatever the session has set: files cut or shuffled anew would not be one sorted file for each bucket.
         options = self._jvm.PythonUtils.toScalaMap({"maxRecordsPerFile": "0", "optimizeWrite": "false"})
         given = self._delta.DeltaOptions(options, self._spark._jsparkSession.sessionState().conf())
         added = self._transaction.writeFiles(rows._jdf, self._some(given)).iterator()
         while added.hasNext():
             action = json.loads(added.next().json())
-            action["add"]["dataChange"] = False
-            self._actions.add(self._delta.actions.Action.fromJson(json.dumps(action)))
+            action["add"]["dataChange"] = data_change
+            self._written.add(self._delta.actions.Action.fromJson(json.dumps(action)))
+        self._actions.addAll(self._written)
+
+    def adopt(self, other: Transaction) -> None:
+        """Take over the files that another transaction of the table has written, and not committed."""
+        self._written = other._written
+        self._actions.addAll(self._written)
+
+    @property
+    def written(self) -> list[str]:
+        """The URIs of the files that were written."""
+        return [self._jvm.org.apache.hadoop.fs.Path(self._path, str(action.path())).toString() for action in self._written]
+
+    def discard(self) -> None:
+        """Delete the files that were written; they must not be committed any more."""
+        for name in self.written:
+            path = self._jvm.org.apache.hadoop.fs.Path(name)
+            path.getFileSystem(self._log.newDeltaHadoopConf()).delete(path, False)
 
     def read_whole_table(self) -> None:
         """From now on any other commit is in the way."""
@@ -91,6 +119,10 @@ class Transaction:
         if files:
             self._remove(self._found(files), data_change=True)
 
+    def remove_all(self) -> None:
+        """Remove all files that the version has, with their rows."""
+        self._remove(self._snapshot.allFiles().collectAsList(), data_change=True)
+
     def remove_buckets(self, buckets: Iterable[int] | None) -> None:
         """Remove the files of these buckets (None: all) that the version has; their rows are elsewhere."""
         files = self._snapshot.allFiles()
@@ -109,3 +141,16 @@ class Transaction:
         write, where = getattr(self._delta, "DeltaOperations$Write"), self._some(predicate) if predicate else self._none
         operation = write(overwrite, self._none, where, text_of_note, *([self._none] * 5))
         return int(self._transaction.commit(self._jvm.PythonUtils.toSeq(self._actions), operation))
+
+
+def all_nullable(schema: StructType) -> StructType:
+    """The schema with nulls allowed everywhere, and without what users have noted with columns."""
+    return StructType([StructField(field.name, _nullable(field.dataType), True) for field in schema.fields])
+
+
+def _nullable(kind: DataType) -> DataType:
+    if isinstance(kind, StructType):
+        return all_nullable(kind)
+    if isinstance(kind, ArrayType):
+        return ArrayType(_nullable(kind.elementType), True)
+    return MapType(kind.keyType, _nullable(kind.valueType), True) if isinstance(kind, MapType) else kind

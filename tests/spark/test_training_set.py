@@ -21,9 +21,11 @@ import pytest
 from deltalake import DeltaTable, write_deltalake
 
 from spark_fs import FeatureStore
-from spark_fs.errors import ConflictError, InvalidError
+from spark_fs.datasets.dataset import Dataset
+from spark_fs.datasets.splits import RandomSplit
+from spark_fs.datasets.verify import verify_dataset
+from spark_fs.errors import InvalidError
 from spark_fs.intervals import UTC, parse_instant
-from spark_fs.offline.datasets import Dataset
 from tests.project import open_project, write_delta
 
 if TYPE_CHECKING:
@@ -226,7 +228,7 @@ def test_an_empty_spine_gives_an_empty_training_set(spark: SparkSession, store: 
     job = store.get_historical_features(entity_df, ["spend:amount"])
     assert job.to_arrow().num_rows == 0
     dataset = job.save(f"empty_{kind}")
-    assert dataset.manifest["rows"] == 0
+    assert dataset.manifest.rows == 0
     assert dataset.to_arrow().column_names == ["user_id", "event_timestamp", "amount"]
 
 
@@ -306,7 +308,7 @@ def test_showing_a_training_set_starts_no_job_and_escapes_html(spark: SparkSessi
     assert jobs == []
     assert "&lt;script&gt;" in html
     assert "<script>" not in html
-    assert dataset.manifest["checksum"] in html
+    assert dataset.manifest.checksum in html
 
 
 def test_each_save_is_a_version_that_never_changes(spark: SparkSession, store: FeatureStore):
@@ -323,25 +325,27 @@ def test_each_save_is_a_version_that_never_changes(spark: SparkSession, store: F
     for dataset, rows, columns in ((first, 2, ["amount"]), (second, 3, ["amount", "note"])):
         got = store.get_dataset("churn", dataset.version)
         beside = Path(dataset.path, "_manifests", f"{dataset.version}.json")
-        assert got.manifest == dataset.manifest == json.loads(beside.read_text())
+        assert got.manifest == dataset.manifest
+        assert got.manifest.to_json() == json.loads(beside.read_text())
         names = ["user_id", "event_timestamp", *columns]
         assert (got.to_arrow().num_rows, got.to_arrow().column_names) == (rows, names)
-        assert polars.read_delta(got.path, version=got.manifest["delta_version"]).columns == names
+        assert polars.read_delta(got.path, version=got.manifest.delta_version).columns == names
         assert in_text(got.to_spark_df().toArrow(), "user_id") == in_text(got.to_arrow(), "user_id")
-        assert got.verify()["identical"], got.verify()
+        verdict = store.datasets.verify("churn", dataset.version)
+        assert verdict.identical, verdict
     assert store.get_dataset("churn").version == 2
     assert first.to_arrow().sort_by("user_id")["amount"].to_pylist() == [11.0, None]
 
     manifest = first.manifest
-    assert manifest["features"] == ["ever@1:amount"]
-    assert [(column["name"], column["nulls"]) for column in manifest["columns"]] == [
+    assert manifest.features == ("ever@1:amount",)
+    assert [(column.name, column.nulls) for column in manifest.columns] == [
         ("user_id", 0),
         ("event_timestamp", 0),
         ("amount", 1),
     ]
-    assert (manifest["description"], manifest["tags"], manifest["spine"]["rows"]) == ("for churn", {"team": "growth"}, 2)
-    commits = {entry["version"]: json.loads(entry["userMetadata"]) for entry in DeltaTable(first.path).history()}
-    assert commits[manifest["delta_version"]]["save_id"] == manifest["save_id"]
+    assert (manifest.description, manifest.tags, manifest.spine.rows) == ("for churn", {"team": "growth"}, 2)
+    commits = {entry["version"]: entry.get("userMetadata") for entry in DeltaTable(first.path).history()}
+    assert json.loads(commits[manifest.delta_version])["manifest"] == {**manifest.to_json(), "delta_version": None}
     with pytest.raises(InvalidError, match=r"SFS-303.*churn@1, churn@2"):
         store.get_dataset("churn", 3)
 
@@ -353,52 +357,84 @@ def test_the_checksum_tells_content_not_order(spark: SparkSession, store: Featur
     spines = {name: spark.createDataFrame(spine_table(*given)) for name, given in changes.items()}
     spines["turned"] = spines["as is"].repartition(3).orderBy("event_timestamp", ascending=False)
     saved = {name: store.get_historical_features(df, ["spend:amount"]).save("summed").manifest for name, df in spines.items()}
-    checksums = {name: manifest["checksum"] for name, manifest in saved.items()}
+    checksums = {name: manifest.checksum for name, manifest in saved.items()}
     assert checksums.pop("turned") == checksums["as is"]
     assert len(set(checksums.values())) == 4
-    assert saved["turned"]["spine"]["checksum"] == saved["as is"]["spine"]["checksum"]
+    assert saved["turned"].spine.checksum == saved["as is"].spine.checksum
 
 
-def test_two_saves_at_once_are_two_versions_or_a_conflict(spark: SparkSession, store: FeatureStore):
-    """Whoever succeeds has a manifest that fits the rows it wrote; whoever does not is told to try again."""
+def test_two_saves_at_once_are_two_versions(spark: SparkSession, store: FeatureStore):
+    """Each has a manifest that fits the rows it wrote."""
     spines = [spark.createDataFrame(spine_table(*[(1, at(1))] * rows)) for rows in (1, 2)]
     started = threading.Barrier(2, timeout=60)
 
-    def save(spine: DataFrame) -> Dataset | ConflictError:
+    def save(spine: DataFrame) -> Dataset:
         job = store.get_historical_features(spine, ["spend:amount"])
         job.explain()  # counts the spine, so that both come to the write together
         started.wait()
-        try:
-            return job.save("raced")
-        except ConflictError as error:
-            return error
+        return job.save("raced")
 
     with ThreadPoolExecutor(2) as pool:
-        outcomes = list(pool.map(save, spines))
-    saved = [outcome for outcome in outcomes if isinstance(outcome, Dataset)]
-    assert sorted(dataset.version for dataset in saved) == list(range(1, len(saved) + 1)) != []
+        saved = list(pool.map(save, spines))
+    assert sorted(dataset.version for dataset in saved) == [1, 2]
+    assert [dataset.manifest.rows for dataset in saved] == [1, 2]
     for dataset in saved:
-        assert dataset.verify()["identical"], dataset.verify()
-        assert dataset.manifest["rows"] == outcomes.index(dataset) + 1
+        assert store.datasets.verify("raced", dataset.version).identical
 
 
 def test_verify_finds_what_somebody_else_changed(spark: SparkSession, store: FeatureStore):
     """A later version leaves a dataset as it is; other rows in its place, or another manifest, are told."""
     dataset = store.get_historical_features(spark.createDataFrame(ONE), ["spend:amount"]).save("checked")
-    version, rows = dataset.manifest["delta_version"], dataset.to_arrow()
+    version, rows = dataset.manifest.delta_version, dataset.to_arrow()
     write_deltalake(dataset.path, rows.slice(0, 0), mode="overwrite")
-    assert dataset.verify()["identical"]
+    assert store.datasets.verify("checked").identical
 
-    edited = Dataset({**dataset.manifest, "rows": 2}, spark).verify()
-    assert (edited["identical"], edited["rows"], edited["expected_rows"]) == (False, 1, 2)
+    edited = verify_dataset(store._offline, dataset.manifest.model_copy(update={"rows": 2}))
+    assert (edited.intact, edited.recomputed, edited.rows, edited.expected_rows) == (False, True, 1, 2)
 
     shutil.rmtree(dataset.path)
     changed = rows.set_column(2, "amount", pa.array([12.0]))
     for _ in range(version + 1):
         write_deltalake(dataset.path, changed, mode="overwrite")
-    verdict = dataset.verify()
-    assert (verdict["identical"], verdict["rows"]) == (False, 1)
-    assert verdict["checksum"] != verdict["expected_checksum"]
+    verdict = store.datasets.verify("checked")
+    assert (verdict.ok, verdict.intact, verdict.recomputed, verdict.rows, verdict.differing_rows) == (False, False, False, 1, 2)
+    assert verdict.checksum != verdict.expected_checksum == verdict.recomputed_checksum
+
+
+def test_a_dataset_comes_out_the_same_whatever_has_happened_since(spark: SparkSession, tmp_path: Path):
+    """Appends, corrections, upkeep and another strategy change nothing; a version that is gone is told, with its place."""
+    rows = [(user, at(h), at(h), 10.0 * user + h, f"<{h}>") for user in (1, 2) for h in (0, 1)]
+    write_delta(tmp_path / "raw" / "payments", PAYMENTS, rows)
+    write_delta(tmp_path / "raw" / "weather", WEATHER, [("JFK", at(0), 1.0)])
+    store = open_project(tmp_path, SHOP, spark)
+    store.apply()
+    store.build(["spend"], end=at(20))
+    spine = spine_table((1, at(1)), (2, at(1)), (9, at(1)), (None, at(1)), (1, at(9)))
+    entity_df = spark.createDataFrame(spine)
+    built = store.get_historical_features(entity_df, ["spend:amount"]).save("built", split=RandomSplit((0.5, 0.5)))
+    computed = store.get_historical_features(entity_df, ["ever:amount"]).save("computed")
+    assert [origin.table_version for origin in built.manifest.origins] == [1]
+    assert [origin.source_state for origin in computed.manifest.origins] == ["Delta version 0"]
+
+    new = dict(zip(PAYMENTS, (1, at(0.5), at(0.5), 99.0, "new"), strict=True))
+    write_deltalake(str(tmp_path / "raw" / "payments"), pa.Table.from_pylist([new], pa.schema(PAYMENTS.items())), mode="append")
+    store.build(["spend"], start=at(0), end=at(20))
+    store.optimize(["spend"])
+    changed = store.get_historical_features(entity_df, ["spend:amount"]).save("built", split=RandomSplit((0.5, 0.5)))
+    assert changed.version == 2
+    for name in ("built", "computed"):
+        verdict = store.datasets.verify(name, 1)
+        assert verdict.identical, verdict
+        assert verdict.notes == verdict.obstacles == ()
+    stored_only = store.datasets.verify("built", 1, recompute=False)
+    assert (stored_only.ok, stored_only.identical, stored_only.recomputed) == (True, False, None)
+
+    table = store._offline.table(store.registry.state().require_view("spend"))
+    for file in table.data_files(1):
+        Path(file.removeprefix("file:")).unlink()
+    verdict = store.datasets.verify("built", 1)
+    assert (verdict.ok, verdict.identical, verdict.recomputed) == (True, False, None)
+    assert "gone" in verdict.obstacles[0]
 
 
 @pytest.mark.parametrize("name", ["", "a/b", "../up", "a b", "1st", "_hidden", "a.b"])

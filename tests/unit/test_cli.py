@@ -436,6 +436,16 @@ def test_debug_adds_the_trace(run, project):
         (["audit", "a", "b@2", "--sample", "100"], "audit.py", "--view a --view b@2 --sample 100"),
         (["repair", "a"], "repair.py", "--view a"),
         (["dataset", "verify", "d", "--version", "3"], "dataset_verify.py", "--name d --version 3"),
+        (["dataset", "verify", "d", "--stored-only", "--strict"], "dataset_verify.py", "--name d --stored-only --strict"),
+        (
+            [
+                *("dataset", "create", "d", "--entities", "s.parquet", "--features", "a:x", "--split", "random=0.8,0.2"),
+                *("--split-by", "u", "--seed", "7", "--stratify", "l", "--label", "l", "--tag", "k=v", "--strict"),
+            ],
+            "dataset_create.py",
+            "--name d --entities s.parquet --description '' --strategy auto --feature a:x --split-by u --label l --tag k=v "
+            "--split random=0.8,0.2 --stratify l --seed 7 --strict",
+        ),
         (
             ["dataset", "create", "d", "--entities", "SELECT 1", "--features", "churn_v1", "--known-at"],
             "dataset_create.py",

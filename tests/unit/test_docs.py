@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import inspect
+import json
 import re
 import shlex
 from collections.abc import Iterator
@@ -84,6 +85,13 @@ def test_a_decision_is_short_and_complete(page):
 
 
 # What the code has, and what the pages say of it.
+
+
+def test_the_schema_of_manifests_is_the_one_of_the_code():
+    """docs/manifest.schema.json is what the model gives."""
+    from spark_fs.datasets.manifest import Manifest
+
+    assert json.loads((ROOT / "docs" / "manifest.schema.json").read_text(encoding="utf-8")) == Manifest.model_json_schema()
 
 
 def test_every_error_code_is_explained_and_every_explained_code_exists():

@@ -1,0 +1,1 @@
+"""Training datasets: splits, folds, report, manifest, saving, and getting them back."""
