@@ -6,7 +6,6 @@ Imports stand inside the commands, so that ``--help`` answers at once.
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -14,7 +13,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 
 from spark_fs import console, machine, publishing
-from spark_fs.command import open_store, output_option, repeated, run, submit_job, submitted
+from spark_fs.command import ask, open_store, output_option, repeated, run, submit_job, submitted
 from spark_fs.errors import ExitCode, InvalidError, Problem
 
 if TYPE_CHECKING:
@@ -147,9 +146,7 @@ def apply(context: click.Context, plan_file: Path | None, yes: bool) -> None:
         if not made:
             return
         if not (yes or plan_file):
-            if not sys.stdin.isatty():
-                raise InvalidError.of("SFS-311", "Nobody is here to confirm.", fix="use --yes, or apply a plan file")
-            click.confirm("Apply?", abort=True, err=True)
+            ask("Apply?", fix="use --yes, or apply a plan file")
         store.apply(made)
         click.echo(f"Applied: {made.summary}.")
 
@@ -232,7 +229,7 @@ def optimize(context: click.Context, views: tuple[str, ...], buckets: int | None
 
 @main.group()
 def dataset() -> None:
-    """Training datasets: create, list, show, verify."""
+    """Training datasets: create, list, show, verify, diff, export, delete."""
 
 
 @dataset.command("create")
@@ -300,7 +297,7 @@ def dataset_list(context: click.Context, output: str) -> None:
 
     def act() -> None:
         names = ("name", "version", "rows", "created_at", "checksum", "path", "delta_version")
-        saved = open_store(context).registry.datasets()
+        saved = open_store(context).registry.datasets.all()
         console.show([{name: manifest[name] for name in names} for manifest in saved], output, empty="No datasets yet.")
 
     run(context, act)
@@ -317,7 +314,7 @@ def dataset_show(context: click.Context, name: str, version: int | None, output:
     \b
     Example:  spark-fs dataset show delays --version 3
     """
-    run(context, lambda: console.show_manifest(open_store(context).registry.require_dataset(name, version), output))
+    run(context, lambda: console.show_manifest(open_store(context).registry.datasets.require(name, version), output))
 
 
 @dataset.command("verify")
@@ -341,6 +338,64 @@ def dataset_verify(
     arguments = ["--name", name, *repeated("version", [str(version)] if version else [])]
     arguments += [f"--{flag}" for flag, given in {"stored-only": stored_only, "strict": strict}.items() if given]
     submit_job(context, "dataset_verify", arguments, output, print_only=print_only)
+
+
+@dataset.command("diff")
+@click.argument("name")
+@click.argument("old", type=int)
+@click.argument("new", type=int, required=False)
+@submitted
+@click.pass_context
+def dataset_diff(context: click.Context, name: str, old: int, new: int | None, output: str, print_only: bool) -> None:
+    r"""Show what version NEW (default: the newest) of a dataset has otherwise than OLD; exit code 3 if anything.
+
+    Definitions, versions of tables, the spine; rows that were added, are gone or have changed, and in which columns.
+
+    \b
+    Examples:  spark-fs dataset diff delays 1 2
+               spark-fs dataset diff delays 1 --output json
+    """
+    arguments = ["--name", name, "--old", str(old), *repeated("new", [str(new)] if new else [])]
+    submit_job(context, "dataset_diff", arguments, output, print_only=print_only)
+
+
+@dataset.command("export")
+@click.argument("name")
+@click.argument("folder", type=click.Path(path_type=Path))
+@click.option("--version", type=int, help="Default: the newest.")
+@click.option("--part", help="Only this part of the split.")
+@output_option
+@click.pass_context
+def dataset_export(context: click.Context, name: str, folder: Path, version: int | None, part: str | None, output: str) -> None:
+    r"""Write a dataset's rows as Parquet files, and its manifest, into a new FOLDER. Needs no Spark.
+
+    \b
+    Examples:  spark-fs dataset export delays delays-3 --version 3
+               spark-fs dataset export delays delays-train --part train
+    """
+
+    def act() -> None:
+        found = open_store(context).get_dataset(name, version)
+        written = (found[part] if part else found).export(str(folder))
+        console.show([{"file": file} for file in written], output)
+
+    run(context, act)
+
+
+@dataset.command("delete")
+@click.argument("name")
+@click.argument("version", type=int)
+@click.option("--yes", is_flag=True, help="Do not ask.")
+@submitted
+@click.pass_context
+def dataset_delete(context: click.Context, name: str, version: int, yes: bool, output: str, print_only: bool) -> None:
+    r"""Delete VERSION of a dataset for good, with its rows. Its number is not given again.
+
+    \b
+    Example:  spark-fs dataset delete delays 2
+    """
+    arguments, question = ["--name", name, "--version", str(version)], "" if yes else f"Delete {name}@{version} for good?"
+    submit_job(context, "dataset_delete", arguments, output, print_only=print_only, question=question)
 
 
 @main.group(invoke_without_command=True)
@@ -409,9 +464,7 @@ def destroy(context: click.Context, view: str, yes: bool, output: str) -> None:
 
         name, version = parse_reference(view)
         if not yes:
-            if not sys.stdin.isatty():
-                raise InvalidError.of("SFS-311", "Nobody is here to confirm.", fix="use --yes")
-            click.confirm(f"Delete the table and online values of {view} for good?", abort=True, err=True)
+            ask(f"Delete the table and online values of {view} for good?")
         console.show([open_store(context).destroy(name, version)], output)
 
     run(context, act)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 
 from spark_fs import console
-from spark_fs.errors import ExitCode
+from spark_fs.errors import ExitCode, InvalidError
 
 if TYPE_CHECKING:
     from spark_fs.store import FeatureStore
@@ -48,8 +48,17 @@ def submitted(command: F) -> F:
     return output_option(command)
 
 
-def submit_job(context: click.Context, job: str, arguments: Iterable[str], output: str, *, print_only: bool) -> None:
-    """Run one of our jobs by spark-submit, or print the command."""
+def ask(question: str, *, fix: str = "use --yes") -> None:
+    """Go on only if the person says yes; InvalidError SFS-311 where nobody is there to be asked."""
+    if not sys.stdin.isatty():
+        raise InvalidError.of("SFS-311", "Nobody is here to confirm.", fix=fix)
+    click.confirm(question, abort=True, err=True)
+
+
+def submit_job(
+    context: click.Context, job: str, arguments: Iterable[str], output: str, *, print_only: bool, question: str = ""
+) -> None:
+    """Run one of our jobs by spark-submit, once the person has said yes to the ``question``; or print the command."""
 
     def act() -> ExitCode | None:
         from spark_fs.config import load_environment
@@ -62,6 +71,8 @@ def submit_job(context: click.Context, job: str, arguments: Iterable[str], outpu
         if print_only:
             click.echo(str(command))
             return ExitCode.OK
+        if question:
+            ask(question)
         sys.exit(command.run_job())
 
     run(context, act)

@@ -93,6 +93,18 @@ def show_verdict(verdict: Mapping[str, Any], output: str) -> None:
         say(f"Note: {note}.")
 
 
+def show_diff(diff: Mapping[str, Any], output: str) -> None:
+    """Print what two versions of a dataset have otherwise: as JSON, or what the manifests say, then rows, then columns."""
+    if output == "json":
+        print(json.dumps(diff, indent=2, ensure_ascii=False, default=str))  # noqa: T201  # results go to stdout
+        return
+    old, new = diff["old"], diff["new"]
+    changed = [{"what": what, old: str(of["old"]), new: str(of["new"])} for what, of in diff["manifest"].items()]
+    show(changed, output, empty=f"{old} and {new} were asked for alike, of the same versions.")
+    show([diff["rows"]], output, title="Rows")
+    show([{"column": name, **of} for name, of in diff["columns"].items()], output, title="Columns of rows that both have")
+
+
 def say(text: str) -> None:
     """One line for the person, on stderr."""
     print(text, file=sys.stderr)  # noqa: T201  # the one place that talks

@@ -1,4 +1,4 @@
-"""The registry: applied definitions, builds, runs, what is published, erasures and datasets, in SQLite or PostgreSQL.
+"""The registry: applied definitions, builds, runs, what is published and erasures, in SQLite or PostgreSQL.
 
 Objects are canonical JSON. ``serial`` counts applies; a commit names the serial it was planned against and changes
 nothing when somebody else was first.
@@ -17,6 +17,7 @@ import sqlalchemy as sa
 from sqlalchemy.exc import DatabaseError, IntegrityError, OperationalError, ProgrammingError
 
 from spark_fs import registry_tables as tables
+from spark_fs.dataset_index import DatasetIndex
 from spark_fs.errors import ConflictError, InvalidError, did_you_mean, translate, without_secrets
 from spark_fs.intervals import Interval, from_micros, merge, to_micros
 from spark_fs.ledger import Ledger, Published
@@ -93,6 +94,7 @@ class Registry:
         self._open()
         #: Materializations: what they meant to publish, what is confirmed, and who is at it.
         self.ledger = Ledger(project, self._transaction)
+        self.datasets = DatasetIndex(project, self._transaction)
 
     def __repr__(self) -> str:
         return f"Registry({without_secrets(self._url)!r}, {self.project!r})"
@@ -450,43 +452,6 @@ class Registry:
         if row is None:
             raise InvalidError.of("SFS-303", f"There is no run '{run_id}'.", fix="spark-fs runs lists the latest")
         return {**row._mapping, "details": json.loads(row.details)}
-
-    # Datasets: saved training sets.
-
-    def add_dataset(self, name: str, version: int, manifest: Mapping[str, Any]) -> None:
-        """Note a saved version; ConflictError SFS-307 if the number is taken."""
-        try:
-            with self._transaction() as connection:
-                connection.execute(
-                    tables.datasets.insert().values(
-                        project=self.project,
-                        name=name,
-                        version=version,
-                        created_at=now_text(),
-                        manifest=canonical_json(manifest),
-                    )
-                )
-        except IntegrityError as error:
-            raise ConflictError.of(
-                "SFS-307", f"Dataset '{name}' got a version {version} meanwhile.", fix="save again"
-            ) from error
-
-    def datasets(self) -> list[dict[str, Any]]:
-        """The manifests of all saved versions, by name and version."""
-        query = sa.select(tables.datasets.c.manifest).where(tables.datasets.c.project == self.project)
-        with self._transaction() as connection:
-            found = connection.execute(query.order_by(tables.datasets.c.name, tables.datasets.c.version)).scalars().all()
-        return [json.loads(manifest) for manifest in found]
-
-    def require_dataset(self, name: str, version: int | None = None) -> dict[str, Any]:
-        """The manifest of the newest (or the given) version; SFS-303 with the known ones otherwise."""
-        saved = self.datasets()
-        chosen = [m for m in saved if m["name"] == name and version in (None, m["version"])]
-        if not chosen:
-            shown = name if version is None else f"{name}@{version}"
-            known = [f"{m['name']}@{m['version']}" for m in saved] if version else {m["name"] for m in saved}
-            raise InvalidError.of("SFS-303", f"There is no dataset '{shown}'.", why=did_you_mean(shown, known))
-        return chosen[-1]
 
     def _named(self, table: sa.Table, view: ViewSpec) -> sa.ColumnElement[bool]:
         return (table.c.project == self.project) & (table.c.view == view.name)

@@ -90,6 +90,13 @@ def get_session(environment: Environment) -> SparkSession:
     return _build(environment, conf)
 
 
+def active_session() -> SparkSession | None:
+    """The session that this process has, or None; where nobody has loaded pyspark there is none, and it stays so."""
+    loaded = sys.modules.get("pyspark.sql")
+    found: SparkSession | None = loaded.SparkSession.getActiveSession() if loaded else None
+    return found
+
+
 def _build(environment: Environment, conf: Mapping[str, str]) -> SparkSession:
     from pyspark.sql import SparkSession
 

@@ -181,11 +181,10 @@ class FeatureStore:
     @property
     def datasets(self) -> Datasets:
         """The saved training datasets: listed, verified, compared, deleted."""
-        from pyspark.sql import SparkSession
-
         from spark_fs.datasets.catalog import Datasets
+        from spark_fs.session import active_session
 
-        return Datasets(self.registry, lambda: self._offline, self._given_spark or SparkSession.getActiveSession())
+        return Datasets(self.registry, lambda: self._offline, self._given_spark or active_session())
 
     # Online.
 

@@ -56,7 +56,7 @@ def main() -> None:
         else:
             print(f"Every view is built up to {END} already; with --start you would build an interval again.")
     with step("Training set: the features as they were known an hour before each planned departure"):
-        if any(dataset["name"] == DATASET for dataset in store.registry.datasets()):
+        if any(dataset["name"] == DATASET for dataset in store.datasets.list()):
             print("It is saved already; creating it again would add a version with the same checksum.\n")
             spark_fs("dataset", "show", DATASET)
         else:

@@ -1,4 +1,4 @@
-"""A saved version of a dataset as a person has it: read by Spark, Arrow, pandas or polars, shown in a notebook."""
+"""A saved version of a dataset as a person has it: read by Spark, or without it; shown in a notebook."""
 
 from __future__ import annotations
 
@@ -8,19 +8,15 @@ from dataclasses import dataclass, field
 from html import escape
 from typing import TYPE_CHECKING, Any
 
-from pyspark.sql import DataFrame, SparkSession
-from pyspark.sql import functions as F
-
-from spark_fs.datasets.manifest import Manifest
-from spark_fs.datasets.splits import SPLIT
+from spark_fs.datasets.manifest import SPLIT, Manifest
 from spark_fs.errors import InvalidError, did_you_mean
 from spark_fs.files import is_empty_folder, write_text
-from spark_fs.offline.tables import read_version
 
 if TYPE_CHECKING:
     import pandas
     import polars
     import pyarrow
+    from pyspark.sql import DataFrame, SparkSession
 
 #: So many rows are taken from a file at a time.
 _BATCH_ROWS = 65_536
@@ -62,8 +58,10 @@ class Dataset:
         """The rows, lazily. Needs the Spark session with which the dataset was got."""
         if self.spark is None:
             raise InvalidError.of("SFS-510", "There is no Spark session here.", fix="use to_arrow(), to_df() or to_polars()")
+        from spark_fs.offline.tables import read_version
+
         rows = read_version(self.spark, self.path, self._delta_version)
-        return rows if self.part is None else rows.where(F.col(SPLIT) == self.part)
+        return rows if self.part is None else rows.where(rows[SPLIT] == self.part)
 
     def to_arrow(self) -> pyarrow.Table:
         """The rows as an Arrow table, read without Spark (needs the package deltalake); timestamps with time zone UTC."""

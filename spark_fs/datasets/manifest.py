@@ -9,6 +9,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from spark_fs.errors import InvalidError
 
+#: The column that tells a row's part of the split; null for rows of none.
+SPLIT = "split"
 #: The form of manifests that this release writes and reads.
 FORMAT: Literal[2] = 2
 

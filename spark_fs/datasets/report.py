@@ -15,7 +15,7 @@ from pyspark.sql import Column
 from pyspark.sql import functions as F
 from pyspark.sql.types import NumericType, StructType
 
-from spark_fs.datasets.splits import SPLIT
+from spark_fs.datasets.manifest import SPLIT
 from spark_fs.errors import Problem
 from spark_fs.offline.compute import quoted
 

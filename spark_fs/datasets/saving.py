@@ -16,11 +16,21 @@ from pyspark.sql import DataFrame
 from pyspark.sql import functions as F
 
 from spark_fs.datasets.content import checksum, content_measures, row_digest
-from spark_fs.datasets.manifest import ColumnInfo, FeatureInfo, Manifest, OriginInfo, Role, SpineInfo, SplitInfo, TimeRule
+from spark_fs.datasets.manifest import (
+    SPLIT,
+    ColumnInfo,
+    FeatureInfo,
+    Manifest,
+    OriginInfo,
+    Role,
+    SpineInfo,
+    SplitInfo,
+    TimeRule,
+)
 from spark_fs.datasets.naive import differing
 from spark_fs.datasets.origins import OfflineStore, Origin
 from spark_fs.datasets.report import Trace, make_report, report_measures, violations, warnings
-from spark_fs.datasets.splits import SPLIT, SplitRule, parse_split, settle_split, split_column, split_counts, split_from_json
+from spark_fs.datasets.splits import SplitRule, parse_split, settle_split, split_column, split_counts, split_from_json
 from spark_fs.datasets.tables import DatasetTable, Written
 from spark_fs.errors import ConflictError, InvalidError, Problem, did_you_mean, translated
 from spark_fs.files import write_text
@@ -164,7 +174,7 @@ def save_joined(store: OfflineStore, joined: Joined, wish: Wish) -> Manifest:
 def noted_versions(registry: Registry, table: DatasetTable) -> dict[int, Manifest]:
     """The versions that are saved; those that the registry does not know, for their save was interrupted, are noted there."""
     found = table.manifests()
-    known = {(saved["name"], saved["version"]) for saved in registry.datasets()}
+    known = {(saved["name"], saved["version"]) for saved in registry.datasets.all()}
     for manifest in found.values():
         if (manifest.name, manifest.version) not in known:
             _note(registry, table, manifest)
@@ -176,7 +186,7 @@ def _note(registry: Registry, table: DatasetTable, manifest: Manifest) -> None:
     body = manifest.to_json()
     write_text(f"{table.path}/_manifests/{manifest.version}.json", json.dumps(body, indent=2, ensure_ascii=False))
     with suppress(ConflictError):  # noted meanwhile
-        registry.add_dataset(manifest.name, manifest.version, body)
+        registry.datasets.add(manifest.name, manifest.version, body)
 
 
 def _report(store: OfflineStore, joined: Joined, wish: Wish, written: Written, parts: Sequence[str]) -> dict[str, Any]:

@@ -16,12 +16,11 @@ from typing import Any
 from pyspark.sql import Column, DataFrame
 from pyspark.sql import functions as F
 
+from spark_fs.datasets.manifest import SPLIT
 from spark_fs.errors import InvalidError, Problem, did_you_mean
 from spark_fs.intervals import BEGINNING, from_text, text, to_micros
 from spark_fs.offline.compute import instant_literal, joined_bytes, key_text, quoted
 
-#: The column that tells a row's split; null for rows of none.
-SPLIT = "split"
 #: Hashes become numbers in [0, 1) with so many bits, which a double holds exactly.
 _BITS = 53
 #: The names of parts that were given none.

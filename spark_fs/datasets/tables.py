@@ -18,6 +18,7 @@ from pyspark.sql.types import StructType
 
 from spark_fs.datasets.manifest import Manifest, read_manifest
 from spark_fs.errors import ConflictError, translated
+from spark_fs.files import delete_file
 from spark_fs.offline.layout import read_history
 from spark_fs.offline.sources import table_version
 from spark_fs.offline.tables import PLAIN_PROPERTIES, observed, read_version
@@ -51,16 +52,21 @@ class DatasetTable:
     path: str
 
     def manifests(self) -> dict[int, Manifest]:
-        """The manifests of all commits, by version of the dataset, newest first."""
+        """The manifests of all versions that were not deleted, by version, newest first."""
+        notes = self._notes()
+        deleted = {note["deleted"] for _, note in notes if "deleted" in note}
+        found = [read_manifest({**note["manifest"], "delta_version": at}) for at, note in notes if "manifest" in note]
+        return {manifest.version: manifest for manifest in found if manifest.version not in deleted}
+
+    def _notes(self) -> list[tuple[int, dict[str, Any]]]:
+        """What our commits have noted, each with its version of the table, newest first."""
         entries: Any = read_history(self.path)
         if entries is None:
             if not DeltaTable.isDeltaTable(self.spark, self.path):
-                return {}
+                return []
             history = DeltaTable.forPath(self.spark, self.path).history().select("version", "userMetadata")
             entries = [row.asDict() for row in history.collect()]
-        notes = ((entry["version"], json.loads(entry.get("userMetadata") or "{}")) for entry in entries)
-        found = [read_manifest({**note["manifest"], "delta_version": at}) for at, note in notes if "manifest" in note]
-        return {manifest.version: manifest for manifest in found}
+        return [(entry["version"], json.loads(entry.get("userMetadata") or "{}")) for entry in entries]
 
     def read(self, delta_version: int) -> DataFrame:
         """The rows at a version of the Delta table, however old; lazily."""
@@ -93,7 +99,8 @@ class DatasetTable:
             if newest is not None and newest.identity == manifest.identity:
                 transaction.discard()
                 return newest, False
-            numbered = manifest.model_copy(update={"version": newest.version + 1 if newest else 1})
+            taken = [note["manifest"]["version"] for _, note in self._notes() if "manifest" in note]
+            numbered = manifest.model_copy(update={"version": max(taken, default=0) + 1})
             try:
                 with translated():
                     transaction.read_whole_table()
@@ -107,6 +114,23 @@ class DatasetTable:
                 transaction = self._begin(written.schema)
                 transaction.adopt(written.transaction)
         raise AssertionError  # the last attempt returns or raises
+
+    def delete(self, manifest: Manifest) -> None:
+        """Note that a version is deleted, then delete its files, but for those of other versions. Safe to repeat."""
+        at = int(manifest.delta_version or 0)
+        with translated():
+            newest = table_version(self.spark, self.path)
+            transaction = Transaction(self.spark, self.path, newest)
+            others = [other for other in self.manifests().values() if other.version != manifest.version]
+            if all(other.delta_version is None or other.delta_version < at for other in others):
+                transaction.read_whole_table()
+                transaction.remove_all()  # its rows are what the table has now, or those of a version before it
+            transaction.commit({"deleted": manifest.version})
+        kept = {file for other in others for file in self.read(int(other.delta_version or 0)).inputFiles()}
+        for file in self.read(at).inputFiles():
+            if file not in kept:
+                delete_file(file)
+        delete_file(f"{self.path}/_manifests/{manifest.version}.json")
 
     def _create(self, schema: StructType) -> None:
         """Create the empty table where there is none."""

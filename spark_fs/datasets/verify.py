@@ -11,10 +11,10 @@ from pyspark.sql import DataFrame
 from pyspark.sql import functions as F
 
 from spark_fs.datasets.content import checksum, checksum_measures, row_digest
-from spark_fs.datasets.manifest import Manifest, OriginInfo
+from spark_fs.datasets.manifest import SPLIT, Manifest, OriginInfo
 from spark_fs.datasets.origins import OfflineStore
 from spark_fs.datasets.retrieval import RetrievalJob
-from spark_fs.datasets.splits import SPLIT, split_column, split_from_json
+from spark_fs.datasets.splits import split_column, split_from_json
 from spark_fs.errors import SparkFSError, translate
 from spark_fs.offline.compute import quoted
 from spark_fs.offline.sources import version_in_state

@@ -130,11 +130,17 @@ def test_projects_in_one_database_do_not_meet(registry, url):
     registry.commit(0, add(VIEW), "shop")
     registry.begin_build(VIEW, Interval(NOON, NOON + HOUR))
     registry.begin_run("r1", "build", "spending@1")
-    registry.add_dataset("d", 1, {"name": "d", "version": 1})
+    registry.datasets.add("d", 1, {"name": "d", "version": 1})
     registry.set_published(VIEW, None, Published(1, (TODAY,)), 1)
     registry.raise_generation(VIEW)
     registry.erase(VIEW, [b"digest"])
-    assert (other.state().serial, other.state().views, other.history(), other.runs(), other.datasets()) == (0, {}, [], [], [])
+    assert (other.state().serial, other.state().views, other.history(), other.runs(), other.datasets.all()) == (
+        0,
+        {},
+        [],
+        [],
+        [],
+    )
     assert (other.published(VIEW), other.generation(VIEW), other.erased(VIEW)) == (None, 1, frozenset())
     assert other.begin_build(VIEW, Interval(NOON, NOON + HOUR)) == 1
     assert other.commit(0, [], "bank") == 1
@@ -390,22 +396,22 @@ def test_runs_are_listed_newest_first_with_how_they_ended(registry):
 
 def test_a_dataset_version_is_written_once(registry):
     """SFS-307 for the second; the first stays."""
-    registry.add_dataset("d", 1, {"name": "d", "version": 1, "rows": 5})
+    registry.datasets.add("d", 1, {"name": "d", "version": 1, "rows": 5})
     with pytest.raises(ConflictError, match=r"SFS-307.*'d' got a version 1 meanwhile"):
-        registry.add_dataset("d", 1, {"name": "d", "version": 1, "rows": 6})
-    assert registry.require_dataset("d", 1)["rows"] == 5
+        registry.datasets.add("d", 1, {"name": "d", "version": 1, "rows": 6})
+    assert registry.datasets.require("d", 1)["rows"] == 5
 
 
 def test_the_newest_dataset_is_the_one_with_the_highest_number(registry):
     """Not the last in the alphabet; unknown names and versions are told with the known ones."""
     for version in (2, 10, 1):
-        registry.add_dataset("d", version, {"name": "d", "version": version})
-    assert registry.require_dataset("d")["version"] == 10
-    assert [manifest["version"] for manifest in registry.datasets()] == [1, 2, 10]
+        registry.datasets.add("d", version, {"name": "d", "version": version})
+    assert registry.datasets.require("d")["version"] == 10
+    assert [manifest["version"] for manifest in registry.datasets.all()] == [1, 2, 10]
     with pytest.raises(InvalidError, match=r"SFS-303.*no dataset 'dd'\. Did you mean 'd'"):
-        registry.require_dataset("dd")
+        registry.datasets.require("dd")
     with pytest.raises(InvalidError, match=r"no dataset 'd@3'.*d@10"):
-        registry.require_dataset("d", 3)
+        registry.datasets.require("d", 3)
 
 
 # Registries that cannot be trusted are refused, never read as empty.

@@ -10,7 +10,7 @@ from typing import Any
 
 import pyarrow as pa
 import pytest
-from deltalake import DeltaTable
+from deltalake import DeltaTable, write_deltalake
 from pyspark.sql import DataFrame, SparkSession
 from pyspark.sql import functions as F
 
@@ -178,6 +178,57 @@ def test_a_result_that_cannot_be_right_is_not_saved(spark: SparkSession, store: 
     tossed = spark.range(4_000).where(coin()).selectExpr("id AS user_id", "TIMESTAMP'2024-01-02' AS event_timestamp")
     with pytest.raises(InvalidError, match=r"SFS-517.*other rows each time"):
         store.get_historical_features(tossed, ["ever:amount"]).save("restless")
+
+
+def test_a_diff_tells_what_changed_and_where(spark: SparkSession, tmp_path: Path):
+    """Between versions of one spine: what was asked, which tables were read, and rows and columns that came out otherwise."""
+    rows = [(u, at(0), at(0), float(u), "old") for u in range(10)]
+    write_delta(tmp_path / "raw" / "payments", PAYMENTS, rows)
+    store = open_project(tmp_path, SHOP, spark)
+    store.apply()
+    store.build(["spend"], end=at(20))
+    before = [(u, at(1)) for u in (0, 1, 2, 3, 3)]
+    store.get_historical_features(spine(spark, before), ["spend:amount"]).save("d")
+    more = [(1, at(0.5), at(0.5), 11.0, "new"), (3, at(0.5), at(0.5), 33.0, "new")]
+    write_deltalake(str(tmp_path / "raw" / "payments"), pa.Table.from_pylist(
+        [dict(zip(PAYMENTS, row, strict=True)) for row in more], pa.schema(PAYMENTS.items())), mode="append")  # fmt: skip
+    store.build(["spend"], start=at(0), end=at(20))
+    after = [(u, at(1)) for u in (1, 2, 3, 3, 3, 4)]
+    store.get_historical_features(spine(spark, after), ["spend:amount", "spend:note"], known_at=True).save("d")
+
+    found = store.datasets.diff("d", 1)
+    assert found.rows == {"equal": 1, "changed": 3, "added": 2, "gone": 1}
+    assert found.columns == {"amount": {"differing": 3, "mean_difference": pytest.approx((10 + 0 + 30 + 30) / 4)}}
+    assert set(found.manifest) == {"column note", "spend: table_version", "spine rows", "spine checksum", "known_at"}
+    assert (found.manifest["column note"], found.manifest["known_at"]) == ((None, "string"), (False, True))
+    assert not found.is_equal
+    same = store.datasets.diff("d", 2, 2)
+    assert same.is_equal
+    assert same.rows == {"equal": 6, "changed": 0, "added": 0, "gone": 0}
+
+
+def test_a_deleted_version_is_gone_and_its_number_is_not_given_again(spark: SparkSession, store: FeatureStore):
+    """The newest one or one in between; the others stay what they were."""
+    for users in (10, 20, 30):
+        store.get_historical_features(spine(spark, [(u, at(11)) for u in range(users)]), ["spend:amount"]).save("numbered")
+    table = Path(store._offline.dataset("numbered").path)
+    files = len(list(table.glob("*.parquet")))
+    for version in (3, 1):
+        assert store.datasets.delete("numbered", version).version == version
+        with pytest.raises(InvalidError, match="SFS-303"):
+            store.datasets.get("numbered", version)
+        assert not (table / "_manifests" / f"{version}.json").exists()
+    assert store.datasets.get("numbered").version == 2
+    assert store.datasets.verify("numbered").identical
+    assert len(list(table.glob("*.parquet"))) < files
+    job = store.get_historical_features(spine(spark, [(u, at(11)) for u in range(30)]), ["spend:amount"])
+    assert job.save("numbered").version == 4
+    assert [saved["version"] for saved in store.datasets.list() if saved["name"] == "numbered"] == [2, 4]
+    assert store.datasets.verify("numbered", 2).identical
+    store.datasets.delete("numbered", 4)
+    assert DeltaTable(str(table)).to_pyarrow_table().num_rows == 0
+    with pytest.raises(InvalidError, match="SFS-303"):
+        store.datasets.delete("numbered", 4)
 
 
 def test_a_dataset_is_exported_once(spark: SparkSession, store: FeatureStore, tmp_path: Path):

@@ -10,7 +10,8 @@ import pyarrow as pa
 import pytest
 from pyspark.sql import DataFrame, SparkSession
 
-from spark_fs.datasets.splits import SPLIT, KFold, RandomSplit, SplitRule, TimeSplit, settle_split, split_column
+from spark_fs.datasets.manifest import SPLIT
+from spark_fs.datasets.splits import KFold, RandomSplit, SplitRule, TimeSplit, settle_split, split_column
 from spark_fs.errors import InvalidError
 
 START = datetime(2024, 1, 1, tzinfo=timezone.utc)

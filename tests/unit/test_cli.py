@@ -436,6 +436,9 @@ def test_debug_adds_the_trace(run, project):
         (["audit", "a", "b@2", "--sample", "100"], "audit.py", "--view a --view b@2 --sample 100"),
         (["repair", "a"], "repair.py", "--view a"),
         (["dataset", "verify", "d", "--version", "3"], "dataset_verify.py", "--name d --version 3"),
+        (["dataset", "diff", "d", "1"], "dataset_diff.py", "--name d --old 1"),
+        (["dataset", "diff", "d", "1", "3"], "dataset_diff.py", "--name d --old 1 --new 3"),
+        (["dataset", "delete", "d", "2"], "dataset_delete.py", "--name d --version 2"),
         (["dataset", "verify", "d", "--stored-only", "--strict"], "dataset_verify.py", "--name d --stored-only --strict"),
         (
             [
