@@ -22,7 +22,7 @@ class DatasetDiff:
     ``manifest``: what differs there, as what → (old, new). ``rows`` counts by ``equal``, ``changed``, ``added`` and ``gone``:
     rows are the same one where the columns of the spine that both have are equal, as often as they are there. ``columns`` has
     for each column that both have, and that is not of the spine, how many of the rows of both have another value, and for
-    numbers the mean of the absolute difference.
+    numbers the mean of the absolute difference (null for others).
     """
 
     old: str
@@ -88,8 +88,7 @@ def _keyed(frame: DataFrame, spine: Sequence[str], common: Sequence[str], side: 
 
 
 def _of_column(found: dict[str, Any], n: int) -> dict[str, Any]:
-    mean = {"mean_difference": found[f"by_{n}"]} if f"by_{n}" in found else {}
-    return {"differing": found[f"differs_{n}"], **mean}
+    return {"differing": found[f"differs_{n}"], "mean_difference": found.get(f"by_{n}")}
 
 
 def _changes(old: Manifest, new: Manifest) -> dict[str, tuple[Any, Any]]:
