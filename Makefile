@@ -13,7 +13,7 @@ FIND_PYTHON = for name in $(CANDIDATES); do command -v $$name >/dev/null \
 # Looked for when first used, and once only.
 PYTHON ?= $(eval PYTHON := $(shell $(FIND_PYTHON)))$(PYTHON)
 
-.PHONY: help venv setup demo test test-faults check lint types test-fast bench bench-online bench-asof clean
+.PHONY: help venv setup demo test test-faults check lint types test-fast bench bench-online bench-asof bench-datasets clean
 
 help: ## List the targets (this text)
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -52,6 +52,9 @@ bench-online: setup ## Run those of the online store: minutes; ARGS="--only read
 
 bench-asof: setup ## Run all workloads of the as-of join: hours, 40 GB; ARGS="--only medium" runs one
 	@$(BIN)/python -m benchmarks.bench_asof $(ARGS)
+
+bench-datasets: setup ## Run those of training datasets: minutes; ARGS="--only read" runs one part
+	@$(BIN)/python -m benchmarks.bench_datasets $(ARGS)
 
 clean: ## Remove .venv, caches and build output; .spark_fs, which holds data, stays
 	rm -rf .venv build dist *.egg-info .pytest_cache .hypothesis .mypy_cache .ruff_cache
