@@ -19,11 +19,12 @@ OFFLINE = Path(".spark_fs/offline/flights")
 
 # %% [markdown]
 # ## The training dataset
-# One Delta version per save. The commit itself carries the manifest: where each column came from.
+# Each version of a dataset is one Delta commit, which carries the manifest: where each column came from.
 
 # %%
 dataset = DeltaTable(str(OFFLINE / "_datasets" / "delays"))
-print(f"version {dataset.version()}, {len(dataset.file_uris())} files")
+manifest = json.loads(dataset.history(1)[0]["userMetadata"])["manifest"]
+print(f"{manifest['name']}@{manifest['version']}: {manifest['rows']:,} rows in {len(dataset.file_uris())} files")
 training = pl.scan_delta(str(OFFLINE / "_datasets" / "delays"))
 print(training.collect_schema())
 

@@ -101,7 +101,8 @@ class Dataset:
     def export(self, folder: str) -> list[str]:
         """Write the rows as Parquet files, without Spark, and ``manifest.json`` into a new folder; gives their paths.
 
-        Raises InvalidError SFS-519 where something is there already.
+        The manifest is that of the whole version, also where only one part is written. Raises InvalidError SFS-519 where
+        something is there already.
         """
         import pyarrow.dataset as ds
 
