@@ -22,10 +22,14 @@ RESULTS_VARIABLE = "SPARK_FS_RESULTS"
 _POLL_SECONDS = 0.5
 
 
+def _show_json(value: Any) -> None:
+    print(json.dumps(value, indent=2, ensure_ascii=False, default=str))  # noqa: T201  # results go to stdout
+
+
 def show(rows: Sequence[Mapping[str, Any]], output: str, *, title: str = "", empty: str = "Nothing to show.") -> None:
     """Print rows on stdout: as one JSON document, or as a table with the first row's keys as columns."""
     if output == "json":
-        print(json.dumps(list(rows), indent=2, ensure_ascii=False, default=str))  # noqa: T201  # results go to stdout
+        _show_json(list(rows))
         return
     if not rows:
         say(empty)
@@ -58,7 +62,7 @@ def _cell(value: Any) -> str:
 def show_manifest(manifest: Mapping[str, Any], output: str, examples: Sequence[Mapping[str, Any]] = ()) -> None:
     """Print a dataset's manifest as JSON, or as a summary and its columns, beside the values of a few example rows."""
     if output == "json":
-        print(json.dumps(manifest, indent=2, ensure_ascii=False))  # noqa: T201  # results go to stdout
+        _show_json(manifest)
         return
     summary = {name: manifest[name] for name in ("name", "version", "rows", "checksum", "path", "delta_version")}
     if split := manifest["split"]:
@@ -83,7 +87,7 @@ def show_manifest(manifest: Mapping[str, Any], output: str, examples: Sequence[M
 def show_verdict(verdict: Mapping[str, Any], output: str) -> None:
     """Print what was found of a dataset: as JSON, or what was compared, then what stands in the way of joining it again."""
     if output == "json":
-        print(json.dumps(verdict, indent=2, ensure_ascii=False))  # noqa: T201  # results go to stdout
+        _show_json(verdict)
         return
     listed = ("obstacles", "notes")
     show([{"dataset": name, "value": str(value)} for name, value in verdict.items() if name not in listed], output)
@@ -96,7 +100,7 @@ def show_verdict(verdict: Mapping[str, Any], output: str) -> None:
 def show_diff(diff: Mapping[str, Any], output: str) -> None:
     """Print what two versions of a dataset have otherwise: as JSON, or what the manifests say, then rows, then columns."""
     if output == "json":
-        print(json.dumps(diff, indent=2, ensure_ascii=False, default=str))  # noqa: T201  # results go to stdout
+        _show_json(diff)
         return
     old, new = diff["old"], diff["new"]
     changed = [{"what": what, old: str(of["old"]), new: str(of["new"])} for what, of in diff["manifest"].items()]

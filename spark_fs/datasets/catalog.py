@@ -45,7 +45,7 @@ class Datasets:
         from spark_fs.datasets.diff import diff_datasets
 
         store, manifests = self._offline(), [self._manifest(name, version) for version in (old, new)]
-        before, after = ((each, store.dataset(name).read(int(each.delta_version or 0))) for each in manifests)
+        before, after = ((each, store.dataset(name).read(each.committed)) for each in manifests)
         return diff_datasets(before, after)
 
     def delete(self, name: str, version: int) -> Manifest:

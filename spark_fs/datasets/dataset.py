@@ -60,7 +60,7 @@ class Dataset:
             raise InvalidError.of("SFS-510", "There is no Spark session here.", fix="use to_arrow(), to_df() or to_polars()")
         from spark_fs.offline.tables import read_version
 
-        rows = read_version(self.spark, self.path, self._delta_version)
+        rows = read_version(self.spark, self.path, self.manifest.committed)
         return rows if self.part is None else rows.where(rows[SPLIT] == self.part)
 
     def to_arrow(self) -> pyarrow.Table:
@@ -95,7 +95,7 @@ class Dataset:
         """The rows as a polars DataFrame, read without Spark."""
         import polars
 
-        rows = polars.read_delta(self.path, version=self._delta_version)
+        rows = polars.read_delta(self.path, version=self.manifest.committed)
         return rows if self.part is None else rows.filter(polars.col(SPLIT) == self.part)
 
     def export(self, folder: str) -> list[str]:
@@ -120,16 +120,11 @@ class Dataset:
         write_text(f"{folder}/manifest.json", json.dumps(self.manifest.to_json(), indent=2, ensure_ascii=False))
         return [*written, f"{folder}/manifest.json"]
 
-    @property
-    def _delta_version(self) -> int:
-        assert self.manifest.delta_version is not None  # only the commit itself does not know it
-        return self.manifest.delta_version
-
     def _files(self) -> Any:
         """The rows as a dataset of Arrow."""
         from deltalake import DeltaTable
 
-        return DeltaTable(self.path, version=self._delta_version).to_pyarrow_dataset()
+        return DeltaTable(self.path, version=self.manifest.committed).to_pyarrow_dataset()
 
     def _filter(self) -> Any:
         import pyarrow.compute as pc

@@ -111,6 +111,12 @@ class Manifest(_Part):
         """``view@version:feature`` of each feature, in the order of their columns."""
         return tuple(f"{origin.view}:{feature.feature}" for origin in self.origins for feature in origin.features)
 
+    @property
+    def committed(self) -> int:
+        """The version of the Delta table that has the rows; every manifest has it that was read from there."""
+        assert self.delta_version is not None
+        return self.delta_version
+
     def columns_of(self, *roles: Role) -> tuple[str, ...]:
         """The names of the columns that play one of these roles, in order."""
         return tuple(column.name for column in self.columns if column.role in roles)

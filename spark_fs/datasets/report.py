@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from datetime import timedelta
 from typing import Any
 
 from pyspark.sql import Column
@@ -39,7 +38,6 @@ class Trace:
     features: tuple[str, ...]
     event: str
     created: str | None
-    ttl: timedelta | None
 
 
 def report_measures(
@@ -127,12 +125,8 @@ def make_report(
     }
 
 
-def violations(report: Mapping[str, Any], *, known_at: bool) -> list[Problem]:
+def violations(report: Mapping[str, Any], *, known_at: bool) -> Iterator[Problem]:
     """What no right join can give."""
-    return list(_violations(report, known_at))
-
-
-def _violations(report: Mapping[str, Any], known_at: bool) -> Iterator[Problem]:
     code, mend = "SFS-517", "save again; if it stays so, report it as a bug of spark_fs"
     if report["rows_in"] != report["rows_out"]:
         what = (
@@ -148,12 +142,8 @@ def _violations(report: Mapping[str, Any], known_at: bool) -> Iterator[Problem]:
         yield Problem(code, f"Joined again by a plain loop, {name} has another value.", fix=mend)
 
 
-def warnings(report: Mapping[str, Any], *, known_at: bool) -> list[str]:
+def warnings(report: Mapping[str, Any], *, known_at: bool) -> Iterator[str]:
     """What is suspicious, one sentence each."""
-    return list(_warnings(report, known_at))
-
-
-def _warnings(report: Mapping[str, Any], known_at: bool) -> Iterator[str]:
     spine, rows = report["spine"], report["rows_out"]
     if spine["duplicates"]:
         yield f"{spine['duplicates']:,} of {rows:,} rows have the keys and the time of another one."

@@ -261,7 +261,7 @@ class RetrievalJob:
                 event, created = f"_sfs_event_{len(traces)}", f"_sfs_created_{len(traces)}"
                 times = [(view.event_time, event), *([(view.created_time, created)] if view.created_time else [])]
                 features = tuple(output for _, output in view.features)
-                traces[view.name] = Trace(view.name, features, event, created if view.created_time else None, view.ttl)
+                traces[view.name] = Trace(view.name, features, event, created if view.created_time else None)
                 views.append(replace(view, features=(*view.features, *times)))
             groups.append(replace(group, views=tuple(views)))
         hidden = [name for trace in traces.values() for name in (trace.event, trace.created) if name]

@@ -208,9 +208,9 @@ def _report(store: OfflineStore, joined: Joined, wish: Wish, written: Written, p
         compared=compared,
         differing=wrong,
     )
-    if impossible := violations(report, known_at=joined.known_at):
+    if impossible := list(violations(report, known_at=joined.known_at)):
         raise InvalidError(*impossible)
-    return {**report, "warnings": warnings(report, known_at=joined.known_at)}
+    return {**report, "warnings": list(warnings(report, known_at=joined.known_at))}
 
 
 def _joined_again(store: OfflineStore, joined: Joined, written: Written) -> tuple[int, list[str]]:

@@ -53,10 +53,7 @@ class DatasetTable:
 
     def manifests(self) -> dict[int, Manifest]:
         """The manifests of all versions that were not deleted, by version, newest first."""
-        notes = self._notes()
-        deleted = {note["deleted"] for _, note in notes if "deleted" in note}
-        found = [read_manifest({**note["manifest"], "delta_version": at}) for at, note in notes if "manifest" in note]
-        return {manifest.version: manifest for manifest in found if manifest.version not in deleted}
+        return _manifests(self._notes())
 
     def _notes(self) -> list[tuple[int, dict[str, Any]]]:
         """What our commits have noted, each with its version of the table, newest first."""
@@ -94,17 +91,18 @@ class DatasetTable:
         """
         transaction = written.transaction
         for attempts_left in reversed(range(_ATTEMPTS)):
-            known = self.manifests()
+            notes = self._notes()
+            known = _manifests(notes)
             newest = known[max(known)] if known else None
             if newest is not None and newest.identity == manifest.identity:
                 transaction.discard()
                 return newest, False
-            taken = [note["manifest"]["version"] for _, note in self._notes() if "manifest" in note]
+            taken = [note["manifest"]["version"] for _, note in notes if "manifest" in note]
             numbered = manifest.model_copy(update={"version": max(taken, default=0) + 1})
             try:
                 with translated():
                     transaction.read_whole_table()
-                    transaction.remove_all()
+                    transaction.remove_all(data_change=True)
                     at = transaction.commit({"manifest": numbered.to_json()})
                 return numbered.model_copy(update={"delta_version": at}), True
             except ConflictError:
@@ -117,16 +115,16 @@ class DatasetTable:
 
     def delete(self, manifest: Manifest) -> None:
         """Note that a version is deleted, then delete its files, but for those of other versions. Safe to repeat."""
-        at = int(manifest.delta_version or 0)
+        at = manifest.committed
         with translated():
             newest = table_version(self.spark, self.path)
             transaction = Transaction(self.spark, self.path, newest)
             others = [other for other in self.manifests().values() if other.version != manifest.version]
-            if all(other.delta_version is None or other.delta_version < at for other in others):
+            if all(other.committed < at for other in others):
                 transaction.read_whole_table()
-                transaction.remove_all()  # its rows are what the table has now, or those of a version before it
+                transaction.remove_all(data_change=True)  # its rows are what the table has now, or those of a version before it
             transaction.commit({"deleted": manifest.version})
-        kept = {file for other in others for file in self.read(int(other.delta_version or 0)).inputFiles()}
+        kept = {file for other in others for file in self.read(other.committed).inputFiles()}
         for file in self.read(at).inputFiles():
             if file not in kept:
                 delete_file(file)
@@ -151,3 +149,10 @@ class DatasetTable:
         transaction = Transaction(self.spark, self.path, table_version(self.spark, self.path))
         transaction.set_schema(schema)
         return transaction
+
+
+def _manifests(notes: Sequence[tuple[int, dict[str, Any]]]) -> dict[int, Manifest]:
+    """The manifests among what commits have noted, without those of versions that were deleted."""
+    deleted = {note["deleted"] for _, note in notes if "deleted" in note}
+    found = [read_manifest({**note["manifest"], "delta_version": at}) for at, note in notes if "manifest" in note]
+    return {manifest.version: manifest for manifest in found if manifest.version not in deleted}

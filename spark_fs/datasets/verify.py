@@ -16,6 +16,7 @@ from spark_fs.datasets.origins import OfflineStore
 from spark_fs.datasets.retrieval import RetrievalJob
 from spark_fs.datasets.splits import split_column, split_from_json
 from spark_fs.errors import SparkFSError, translate
+from spark_fs.names import parse_reference
 from spark_fs.offline.compute import quoted
 from spark_fs.offline.sources import version_in_state
 from spark_fs.offline.tables import is_version_gone
@@ -66,8 +67,7 @@ def verify_dataset(store: OfflineStore, manifest: Manifest, *, recompute: bool =
     The spine is taken from the dataset itself. Two Spark jobs and those of the join; a third counts rows where both differ.
     Nothing is written.
     """
-    assert manifest.delta_version is not None
-    stored = store.dataset(manifest.name).read(manifest.delta_version)
+    stored = store.dataset(manifest.name).read(manifest.committed)
     counts = _counted(stored)
     found = checksum(counts, "content")
     intact = (counts["rows"], found) == (manifest.rows, manifest.checksum)
@@ -101,8 +101,8 @@ def obstacles_to(store: OfflineStore, manifest: Manifest) -> list[str]:
     """Why the dataset cannot be made again, as far as can be told without joining anything; empty where nothing is known."""
     state, told = store.registry.state(), []
     for origin in manifest.origins:
-        name, _, number = origin.view.partition("@")
-        view = state.versions.get((name, int(number)))
+        name, number = parse_reference(origin.view)
+        view = state.versions.get((name, number or 0))
         if view is None:
             told.append(f"{origin.view} is not in the registry any more")
         elif view.definition_hash != origin.definition_hash:
@@ -142,8 +142,7 @@ def selections_of(store: OfflineStore, origins: Sequence[OriginInfo]) -> list[Se
     """What was selected of each view. SFS-303 for a view version that the registry does not have."""
     state, found = store.registry.state(), []
     for origin in origins:
-        name, _, number = origin.view.partition("@")
-        view = state.require_view(name, int(number))
+        view = state.require_view(*parse_reference(origin.view))
         found.append(Selection(view, tuple(each.feature for each in origin.features), origin.alias, dict(origin.join_keys)))
     return found
 

@@ -73,12 +73,9 @@ def _read(spark: SparkSession, source: SourceSpec, location: str | None, version
     path = location or source.path
     options = _resolved(source)
     if source.kind == "delta":
-        if source.table:
-            at = version_of(DeltaTable.forName(spark, source.table).history(1)) if version is None else version
-            return spark.read.option("versionAsOf", at).table(source.table)
-        assert path is not None
-        at = table_version(spark, path) if version is None else version
-        return spark.read.format("delta").option("versionAsOf", at).load(path)
+        at = _newest_version(spark, source, path) if version is None else version
+        pinned = spark.read.option("versionAsOf", at)
+        return pinned.table(source.table) if source.table else pinned.format("delta").load(path)
     if source.kind == "file":
         schema = options.pop("schema", None)
         reader = spark.read.format(source.format or "parquet").options(**options)
@@ -112,11 +109,16 @@ def source_state(spark: SparkSession, source: SourceSpec, location: str | None =
 
 def _state(spark: SparkSession, source: SourceSpec, path: str | None) -> str | None:
     if source.kind == "delta":
-        named = DeltaTable.forName(spark, source.table) if source.table else DeltaTable.forPath(spark, str(path))
-        return f"{_DELTA_STATE}{version_of(named.history(1))}"
+        return f"{_DELTA_STATE}{_newest_version(spark, source, path)}"
     if source.kind != "file" or path is None:
         return None
     return listing_digest(path)
+
+
+def _newest_version(spark: SparkSession, source: SourceSpec, path: str | None) -> int:
+    if source.table:
+        return version_of(DeltaTable.forName(spark, source.table).history(1))
+    return table_version(spark, str(path))
 
 
 def version_in_state(state: str | None) -> int | None:

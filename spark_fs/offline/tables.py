@@ -297,7 +297,10 @@ class FeatureTable:
                     why="Nothing was committed.",
                     where=self.path,
                 )
-            transaction.remove_buckets(None if moved else wanted.rewritten)
+            if moved:
+                transaction.remove_all(data_change=False)
+            else:
+                transaction.remove_buckets(wanted.rewritten)
             note = {"view": self.view.reference, "rewrite": asdict(wanted)}
             return transaction.commit(note), read
 

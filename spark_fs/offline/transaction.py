@@ -39,16 +39,18 @@ class Transaction:
         schema = json.loads(metadata["metaData"]["schemaString"])
         [column] = [field for field in schema["fields"] if field["name"] == "_bucket"]
         column["metadata"]["buckets"] = buckets
-        metadata["metaData"]["schemaString"] = json.dumps(schema)
-        self._transaction.updateMetadata(self._delta.actions.Action.fromJson(json.dumps(metadata)), False)
+        self._update_schema(metadata, json.dumps(schema))
         self._transaction.readWholeTable()
 
     def set_schema(self, schema: StructType) -> None:
         """Give the table these columns in the place of those that it has."""
         metadata = json.loads(self._snapshot.metadata().json())
         if metadata["metaData"]["schemaString"] != schema.json():
-            metadata["metaData"]["schemaString"] = schema.json()
-            self._transaction.updateMetadata(self._delta.actions.Action.fromJson(json.dumps(metadata)), False)
+            self._update_schema(metadata, schema.json())
+
+    def _update_schema(self, metadata: dict[str, Any], schema: str) -> None:
+        metadata["metaData"]["schemaString"] = schema
+        self._transaction.updateMetadata(self._delta.actions.Action.fromJson(json.dumps(metadata)), False)
 
     def write(self, rows: DataFrame, *, data_change: bool = False) -> None:
         """Write data files, one for each partition of the frame and bucket. Runs the frame's job.
@@ -119,16 +121,14 @@ class Transaction:
         if files:
             self._remove(self._found(files), data_change=True)
 
-    def remove_all(self) -> None:
-        """Remove all files that the version has, with their rows."""
-        self._remove(self._snapshot.allFiles().collectAsList(), data_change=True)
+    def remove_all(self, *, data_change: bool) -> None:
+        """Remove all files that the version has, with their rows; without ``data_change`` these are elsewhere."""
+        self._remove(self._snapshot.allFiles().collectAsList(), data_change=data_change)
 
-    def remove_buckets(self, buckets: Iterable[int] | None) -> None:
-        """Remove the files of these buckets (None: all) that the version has; their rows are elsewhere."""
-        files = self._snapshot.allFiles()
-        if buckets is not None:
-            files = files.where(f"CAST(partitionValues['_bucket'] AS INT) IN ({', '.join(map(str, buckets))})")
-        self._remove(files.collectAsList(), data_change=False)
+    def remove_buckets(self, buckets: Iterable[int]) -> None:
+        """Remove the files of these buckets that the version has; their rows are elsewhere."""
+        theirs = f"CAST(partitionValues['_bucket'] AS INT) IN ({', '.join(map(str, buckets))})"
+        self._remove(self._snapshot.allFiles().where(theirs).collectAsList(), data_change=False)
 
     def _remove(self, files: Any, *, data_change: bool) -> None:
         now = self._jvm.java.lang.System.currentTimeMillis()
